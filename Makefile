@@ -1,0 +1,69 @@
+# Everything runs from here on a machine that has python3 (3.10 or newer, with venv and pip) and make.
+# `make demo` and `make test` set up what they need themselves.
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+TRAIN_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# The exact release that constraints.txt names; a bare `torch` would let pip choose another build.
+TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
+BUILD_BACKEND := $(shell sed -n '/^hatchling==/p' constraints.txt)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test check format golden bench train docs build clean distclean
+
+help: ## Show this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS="$$(printf '\t')" read -r target text; do \
+		printf '  make %-10s %s\n' "$$target" "$$text"; done
+
+venv: $(STAMP) ## Make the virtual environment in .venv (again when pyproject.toml or constraints.txt change)
+
+$(STAMP): pyproject.toml constraints.txt
+	@rm -f $@
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo 'Python 3.10 or newer is needed: make PYTHON=...'; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --constraint constraints.txt '$(TORCH)' '$(BUILD_BACKEND)'
+	$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## Run the demonstration: a small vision-language model, full KV cache against a fraction of it
+	$(BIN)/tgvkv demo
+
+test: $(STAMP) ## Run every test (PYTEST_ARGS='-m "not slow"' leaves out the long ones)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(STAMP) ## Lint, formatting, types, import contracts
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP) ## Format the sources and mend what the linter can mend
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+golden: $(STAMP) ## Compare with the recorded cases of the authors' released code
+	$(BIN)/python -m pytest tests/golden $(PYTEST_ARGS)
+
+bench: $(STAMP) ## Run every benchmark (bench/README.md)
+	@set -e; for script in bench/bench_*.py; do echo "==> $$script"; $(BIN)/python "$$script"; done
+
+train: $(STAMP) ## Train the small model of the demonstration anew (TRAIN_ARGS='--minutes 10 --out folder')
+	$(BIN)/python -m tgvkv_compile.digits.train $(TRAIN_ARGS)
+
+docs: $(STAMP) ## Write docs/passes.md anew from the docstrings
+	$(BIN)/python docs/make_passes.py
+
+build: $(STAMP) ## Build the sdist and the wheel into dist/
+	$(BIN)/python -m build --no-isolation
+
+clean: ## Remove build outputs and caches
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find tgvkv_compile tests bench -type d -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean ## Remove the virtual environment as well
+	rm -rf $(VENV)

@@ -1,0 +1,32 @@
+"""What every test starts from: two threads, no network, fixed seeds, and nothing left over from the test before."""
+
+import os
+import sys
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+torch.set_num_threads(2)
+
+# The same examples in every run, so that a failure is the change's. HYPOTHESIS_PROFILE=search looks for new ones.
+settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "search", max_examples=1000, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    """Forgets compiled code and dynamo's counters before each test, and seeds torch.
+
+    Costs nothing until something has imported dynamo.
+    """
+    torch.manual_seed(0)
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        dynamo.reset()
+        dynamo.utils.counters.clear()

@@ -1,0 +1,128 @@
+from typing import Any
+
+import pytest
+import torch
+from torch.fx import GraphModule
+
+from tests.passes.decoder import (
+    Decoder,
+    Layer,
+    SlidingLayer,
+    capture,
+    causal,
+    features,
+    flag,
+    full_cache,
+    masked,
+    pasts,
+    softcapped,
+    tokens,
+)
+from tgvkv_compile.pipeline import plan_of
+from tgvkv_compile.plan import Plan
+
+NONE: frozenset[str] = frozenset()
+
+
+def planned(model: torch.nn.Module, *call: Any, compressed: bool = False) -> tuple[Plan, GraphModule]:
+    gm, _ = capture(model, *call)
+    return plan_of(gm, pasts(gm) if compressed else NONE), gm
+
+
+def test_prefill() -> None:
+    plan, _ = planned(Decoder(layers=3), tokens(), features())
+    assert (plan.kind, plan.num_layers, plan.misses) == ("prefill", 3, ())
+    assert plan.modality is not None
+
+
+def test_decode_and_continuation() -> None:
+    plan, _ = planned(Decoder(), tokens()[:, :1], None, full_cache(7), compressed=True)
+    assert (plan.kind, plan.num_layers, plan.misses) == ("decode", 2, ())
+    plan, _ = planned(Decoder(masked), tokens()[:, :6], None, full_cache(7), causal(1, 6, past=7), compressed=True)
+    assert (plan.kind, plan.num_layers, plan.misses) == ("continuation", 2, ())
+
+
+def test_what_is_not_ours_stays_dense() -> None:
+    plan, _ = planned(Decoder(), tokens()[:, :6])
+    assert (plan.kind, plan.misses) == ("dense", ()) and "text-only" in plan.reason and plan.num_layers == 2
+    plan, _ = planned(Decoder(), tokens()[:, :1], None, full_cache(7))
+    assert (plan.kind, plan.misses) == ("dense", ()) and "uncompressed cache" in plan.reason
+    plan, _ = planned(torch.nn.Linear(3, 3), torch.ones(1, 3))
+    assert (plan.kind, plan.misses) == ("dense", ()) and "no KV append" in plan.reason
+    plan, _ = planned(Decoder(softcapped), tokens()[:, :6])
+    assert (plan.kind, plan.misses) == ("dense", ())  # an unknown form matters only where something is to be evicted
+
+
+class _Uncached(Decoder):
+    def forward(self, *args: Any) -> Any:
+        return super().forward(*args)[0]
+
+
+def test_vision_without_a_cache_stays_dense() -> None:
+    plan, _ = planned(_Uncached(), tokens(), features())
+    assert (plan.kind, plan.misses) == ("dense", ()) and "use_cache=False" in plan.reason
+    assert plan.modality is not None
+
+
+def test_an_unknown_form_is_named() -> None:
+    plan, _ = planned(Decoder(softcapped), tokens(), features())
+    assert plan.kind == "dense" and plan.reason == "the decoder cannot be rewritten"
+    assert [miss.target for miss in plan.misses] == ["tanh", "tanh"]
+
+
+def test_a_new_picture_on_a_cache_is_a_miss() -> None:
+    for compressed in (True, False):
+        mask = causal(1, 19, past=7)
+        plan, _ = planned(Decoder(masked), tokens(), features(), full_cache(7), mask, compressed=compressed)
+        assert plan.kind == "dense" and "start a new cache for a new picture" in plan.misses[0].reason
+
+
+def test_half_a_compressed_cache_is_a_miss() -> None:
+    gm, _ = capture(Decoder(), tokens()[:, :1], None, full_cache(7))
+    plan = plan_of(gm, frozenset({"l_past_0_0_", "l_past_0_1_"}))
+    assert plan.kind == "dense" and "some layers of the cache are compressed and some are not" in plan.misses[0].reason
+
+
+@pytest.mark.parametrize("vision", [True, False])
+def test_handles_that_nothing_appends_to_are_a_miss(vision: bool) -> None:
+    class Reader(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.decoder = Decoder()
+
+        def forward(self, ids: torch.Tensor, pictures: torch.Tensor, past: Any) -> Any:
+            total = past[0][0].sum()
+            return self.decoder(ids, pictures), total if vision else total * pictures.sum()
+
+    if vision:
+        gm, _ = capture(Reader(), tokens(), features(), full_cache(7))
+    else:
+        gm, _ = capture(Sum(), full_cache(7))
+    compressed = pasts(gm)
+    assert len(compressed) == 1
+    plan = plan_of(gm, compressed)
+    assert plan.kind == "dense"
+    assert [miss.node for miss in plan.misses] == ["l_past_0_0_"]
+    assert "other than by a KV append" in plan.misses[0].reason
+    assert (plan_of(gm, NONE).kind == "prefill") == vision
+
+
+class Sum(torch.nn.Module):
+    def forward(self, past: Any) -> Any:
+        return past[0][0].sum()
+
+
+class _Narrow(Layer):
+    def __init__(self, attend: Any, heads: int, kv_heads: int, dropout: float) -> None:
+        super().__init__(attend, heads, kv_heads // 2, dropout)
+
+
+def test_layers_that_differ_are_a_miss() -> None:
+    plan, _ = planned(Decoder(flag, kind=(Layer, _Narrow)), tokens(), features())
+    assert plan.kind == "dense" and len(plan.misses) == 2
+    assert all("differ between layers" in miss.reason and "(2, 4, torch.float32" in miss.reason for miss in plan.misses)
+
+
+def test_sliding_layers_do_not_count() -> None:
+    plan, _ = planned(Decoder(flag, kind=(SlidingLayer, Layer)), tokens(), features())
+    assert (plan.kind, plan.num_layers) == ("prefill", 1)

@@ -1,0 +1,230 @@
+"""The slow, obvious model: stock transformers with the whole cache, where evicting means no longer seeing.
+
+Every layer of every sample has its `Oracle`. It is fed the attention that the layer pays, materialised; what it evicts
+stays in the cache and is masked from then on. No code of the compiled path runs here but the oracle's maths.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+
+from tests.support.running import Trace, positions_of
+from tgvkv_compile.config import EvictionConfig
+from tgvkv_compile.ops.oracle import Oracle
+
+_NOISE = 2e-5
+"""Relative error that two ways of computing attention in float32 may differ by."""
+_NAME = "tgvkv_reference"
+
+
+@dataclasses.dataclass
+class ReferenceTrace(Trace):
+    """A `Trace` with what only the reference knows.
+
+    Attributes:
+        masses: `[B, L]`, `m_l`.
+        fragile: Per sample, the first call whose evictions float noise could change, or None.
+        session: Goes on with `Session.call`.
+    """
+
+    masses: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
+    fragile: list[int | None] = dataclasses.field(default_factory=list)
+    session: Any = None
+
+
+class Session:
+    """One request of a stock model, under the oracles' eyes.
+
+    Args:
+        model: A transformers model; it is copied.
+        config: The eviction options.
+        image_token: Id of vision placeholders.
+    """
+
+    def __init__(self, model: Any, config: EvictionConfig, *, image_token: int) -> None:
+        self._model = copy.deepcopy(model)
+        self._model._compiled_call_impl = None
+        self._model.set_attn_implementation({"text_config": _NAME})
+        self._config, self._image_token = config, image_token
+        self._cache: Any = None
+        self._valid = torch.empty(0)
+        self._oracles: list[Oracle] = []
+        self._twins: list[tuple[Oracle, Oracle]] = []  # their attention is a little off, one way and the other
+        self._attention: dict[int, Tensor] = {}
+        self.calls = 0
+        self.dense = False
+        self.fragile: list[int | None] = []
+
+    @torch.no_grad()
+    def call(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Prompt, next token or next turn; gives the logits of the last token, `[B, vocabulary]`.
+
+        Args:
+            inputs: `input_ids`, `attention_mask` (over all that was put in so far) and, at first, `pixel_values`.
+        """
+        self._valid = inputs["attention_mask"].bool()
+        first = self._cache is None
+        count = inputs["input_ids"].shape[1]
+        self._attention = {}
+        output = self._model(
+            **inputs,
+            position_ids=positions_of(inputs["attention_mask"])[:, -count:],
+            past_key_values=self._cache,
+            use_cache=True,
+            reference=self,
+        )
+        self._cache = output.past_key_values
+        if first:
+            self._prefill(inputs["input_ids"] == self._image_token)
+        elif not self.dense and count == 1:
+            self._decode()
+        elif not self.dense:
+            for oracle in self._all_oracles():
+                oracle.extend(count)
+        self.calls += 1
+        return output.logits[:, -1].float()
+
+    @property
+    def kept(self) -> list[list[list[int]]]:
+        """What each layer of each sample still sees."""
+        if self.dense:
+            layers = range(self._model.config.text_config.num_hidden_layers)
+            return [[list(range(self._valid.shape[1])) for _ in layers] for _ in self._valid]
+        return [[list(layer) for layer in oracle.kept] for oracle in self._oracles]
+
+    @property
+    def masses(self) -> Tensor:
+        """`[B, L]`."""
+        return torch.stack([oracle.mass for oracle in self._oracles]) if self._oracles else torch.empty(0)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Attention over all that is still seen; `[B, Q, H, D]`."""
+        group = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+        logits = query.float() @ key.float().transpose(2, 3) * scale
+        visible = self._visible(layer, query.shape[2], key.shape[2])[:, None]
+        attention = logits.masked_fill(~visible, float("-inf")).softmax(-1).masked_fill(~visible, 0.0)
+        self._attention[layer] = attention
+        return (attention @ value.float()).to(query.dtype).transpose(1, 2)
+
+    def _visible(self, layer: int, queries: int, columns: int) -> Tensor:
+        """`[B, Q, S]`; an evicted entry is not seen, nor is padding, nor what comes later."""
+        row = torch.arange(columns - queries, columns)
+        visible = self._valid[:, None, :] & (torch.arange(columns) <= row[:, None])
+        if not self._oracles:
+            return visible
+        known = columns - queries
+        for sample, oracle in enumerate(self._oracles):
+            seen = torch.zeros(columns, dtype=torch.bool)
+            seen[known:] = True
+            seen[self._columns(sample, oracle.kept[layer])] = True
+            visible[sample] &= seen
+        return visible
+
+    def _columns(self, sample: int, positions: list[int]) -> Tensor:
+        """Columns of the padded batch."""
+        return self._valid[sample].nonzero()[:, 0][positions]
+
+    def _prefill(self, vision: Tensor) -> None:
+        self.dense = not bool(vision.any())
+        self.fragile = [None] * len(vision)
+        if self.dense:
+            return
+        for sample, valid in enumerate(self._valid):
+            attention = [self._attention[layer][sample][:, valid][:, :, valid] for layer in sorted(self._attention)]
+            stacked = torch.stack(attention).mean(1)
+            oracles = [Oracle(self._config) for _ in range(3)]
+            for oracle, sign in zip(oracles, (0, 1, -1), strict=True):
+                oracle.prefill(_disturbed(stacked, sign), vision[sample, valid])
+            self._oracles.append(oracles[0])
+            self._twins.append((oracles[1], oracles[2]))
+            self._compare(sample)
+
+    def _decode(self) -> None:
+        for sample, oracle in enumerate(self._oracles):
+            for layer, attention in self._attention.items():
+                seen = self._columns(sample, oracle.attended(layer))
+                paid = attention[sample, :, 0, :].mean(0)[seen]
+                oracle.decode(layer, paid)
+                for twin, sign in zip(self._twins[sample], (1, -1), strict=True):
+                    if twin.attended(layer) != oracle.attended(layer) and self.fragile[sample] is not None:
+                        continue  # they have parted already
+                    twin.decode(layer, _disturbed(paid, sign))
+            self._compare(sample)
+
+    def _compare(self, sample: int) -> None:
+        same = all(twin.kept == self._oracles[sample].kept for twin in self._twins[sample])
+        if not same and self.fragile[sample] is None:
+            self.fragile[sample] = self.calls
+
+    def _all_oracles(self) -> list[Oracle]:
+        return [*self._oracles, *(twin for twins in self._twins for twin in twins)]
+
+
+def _disturbed(attention: Tensor, sign: int) -> Tensor:
+    generator = torch.Generator().manual_seed(int(attention.shape[-1]))
+    noise = torch.randn(attention.shape, generator=generator)
+    return attention * (1 + sign * _NOISE * noise) + abs(sign) * 1e-8 * noise.abs() * (attention > 0)
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    reference: Session,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' interface of an attention function. It has no mask function: the session knows what is seen."""
+    assert attention_mask is None
+    return reference.attend(module.layer_idx, query, key, value, scaling), None
+
+
+AttentionInterface.register(_NAME, _attention)
+
+
+def reference(
+    model: Any,
+    inputs: dict[str, Tensor],
+    steps: int,
+    *,
+    config: EvictionConfig,
+    image_token: int,
+    forced: Sequence[Tensor] | None = None,
+) -> ReferenceTrace:
+    """Prefill and `steps` greedy decode steps; arguments as of `run`."""
+    session = Session(model, config, image_token=image_token)
+    trace = ReferenceTrace(mask=inputs["attention_mask"], session=session)
+    _go_on(trace, inputs, steps, forced)
+    trace.masses = session.masses
+    return trace
+
+
+def reference_turn(
+    trace: ReferenceTrace, question: Tensor, steps: int, *, forced: Sequence[Tensor] | None = None
+) -> ReferenceTrace:
+    """A further text on a copy of the session of `trace`."""
+    mask = torch.cat([trace.mask, torch.ones_like(question)], dim=1)
+    turn = ReferenceTrace(mask=mask, session=copy.deepcopy(trace.session), masses=trace.masses)
+    _go_on(turn, {"input_ids": question}, steps, forced)
+    return turn
+
+
+def _go_on(trace: ReferenceTrace, inputs: dict[str, Tensor], steps: int, forced: Sequence[Tensor] | None) -> None:
+    session = trace.session
+    before = session.calls
+    for step in range(steps + 1):
+        logits = session.call({**inputs, "attention_mask": trace.mask})
+        best = trace.add(logits, session.kept)
+        if step < steps:
+            token = forced[step] if forced is not None else best
+            inputs = {"input_ids": token[:, None]}
+            trace.mask = torch.cat([trace.mask, torch.ones_like(token[:, None])], dim=1)
+    trace.fragile = [None if call is None else max(0, call - before) for call in session.fragile]

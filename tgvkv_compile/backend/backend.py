@@ -1,0 +1,253 @@
+"""The backend object that dynamo calls with each graph."""
+
+import atexit
+import functools
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from torch import SymInt, Tensor
+from torch.fx import GraphModule
+
+from tgvkv_compile.backend import dynamo
+from tgvkv_compile.backend.options import GROWTH_RESERVE, BackendOptions, read_options
+from tgvkv_compile.backend.programs import CachedProgram, PrefillProgram, Refusal, fewest_vision, key_weight
+from tgvkv_compile.config import (
+    SINK_TOKENS,
+    Budgeting,
+    BudgetOf,
+    CompileMode,
+    DecodeMode,
+    Lowering,
+    OnUnsupported,
+)
+from tgvkv_compile.errors import NoAttentionError, SplitDecoderError, TgvkvError, UnsupportedGraphError
+from tgvkv_compile.fx.dump import Dumper
+from tgvkv_compile.fx.meta import fake_tensor, source_line
+from tgvkv_compile.fx.targets import op_kind
+from tgvkv_compile.lower import lower_dense
+from tgvkv_compile.pipeline import Rewrite, plan_of, rewrite_graph
+from tgvkv_compile.plan import Plan, render_misses
+from tgvkv_compile.runtime.compact import arena_slots
+from tgvkv_compile.runtime.logical import LogicalKV
+
+log = logging.getLogger("tgvkv_compile")
+
+
+def tgvkv_backend(
+    budget: float | int = 0.05,
+    *,
+    budget_of: BudgetOf = "all",
+    budgeting: Budgeting = "tvb",
+    decode: DecodeMode = "ratio",
+    sink_tokens: int = SINK_TOKENS,
+    lowering: Lowering = "inductor",
+    mode: CompileMode | None = None,
+    options: dict[str, Any] | None = None,
+    on_unsupported: OnUnsupported = "raise",
+    configure_dynamo: bool = True,
+    growth_reserve: int = GROWTH_RESERVE,
+    dump_graphs: str | None = None,
+    stop_after: str | None = None,
+    **unknown: object,
+) -> "TgvkvBackend":
+    """Makes a `torch.compile` backend that evicts KV under the guidance of the text (TGV-KV, arXiv 2606.03075).
+
+    Give it to `model.compile(backend=...)` or `model.forward = torch.compile(model.forward, backend=...)`; a model whose
+    `forward` is called directly may also be wrapped by `torch.compile(model, backend=...)`.
+
+    Args:
+        budget: Float in (0, 1]: fraction of KV kept. Int >= 1: tokens kept per layer, on average.
+        budget_of: `"all"`: the budget is a fraction of the whole prompt; `"vision"`: of its vision tokens, all text kept.
+        budgeting: `"tvb"` (paper, as released), `"waterfill"` (clamped layers hand their surplus on) or `"uniform"`.
+        decode: `"ratio"` (as released), `"fixed"` (one in, one out) or `"keep"` (nothing is evicted while decoding).
+        sink_tokens: How many first tokens are always kept.
+        lowering: `"inductor"`; `"aot_eager"` and `"eager"` are for debugging.
+        mode: Inductor's mode, as in `torch.compile(mode=...)`.
+        options: Inductor's options, as in `torch.compile(options=...)`.
+        on_unsupported: What to do with a decoder that cannot be rewritten: `"raise"`, or `"passthrough"` (run it
+            uncompressed, and say so once).
+        configure_dynamo: Set dynamo's process-wide flags that a VLM needs (see `backend.dynamo.configure`).
+        growth_reserve: Decode steps that a fresh cache has room for; it grows geometrically when they are used up.
+        dump_graphs: Folder for readable graphs before and after each pass.
+        stop_after: Name of the last pass to run. The graphs can then be looked at; the model runs uncompressed.
+        **unknown: Refused.
+
+    Raises:
+        ConfigError: An option has a value that cannot be used.
+        UnknownOptionError: There is no such option.
+    """
+    given = {
+        "budget": budget,
+        "budget_of": budget_of,
+        "budgeting": budgeting,
+        "decode": decode,
+        "sink_tokens": sink_tokens,
+        "lowering": lowering,
+        "mode": mode,
+        "options": options,
+        "on_unsupported": on_unsupported,
+        "configure_dynamo": configure_dynamo,
+        "growth_reserve": growth_reserve,
+        "dump_graphs": dump_graphs,
+        "stop_after": stop_after,
+    }
+    return TgvkvBackend(read_options({**given, **unknown}, where="tgvkv_backend"))
+
+
+class TgvkvBackend:
+    """Called by dynamo with each graph; returns what runs in its place.
+
+    Attributes:
+        options: The options it was made with.
+        graphs: How many graphs of each kind it was given.
+        takes_handles: Graphs for this backend may be traced with handles as inputs (see `runtime.tracing`).
+    """
+
+    takes_handles = True
+
+    def __init__(self, options: BackendOptions) -> None:
+        self.options = options
+        self.graphs: dict[str, int] = {}
+        self._dumper = Dumper(options.dump_graphs)
+        self._told: set[str] = set()
+        if options.configure_dynamo:
+            dynamo.configure()
+        atexit.register(_warn_if_unreached, self.graphs)
+
+    def __call__(self, gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        """Compiles one graph.
+
+        Args:
+            gm: From dynamo.
+            example_inputs: From dynamo, handles included.
+        """
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        examples = zip(placeholders, example_inputs, strict=True)
+        compressed = frozenset(node.name for node, example in examples if isinstance(example, LogicalKV))
+        plan = plan_of(gm, compressed)
+        self.graphs[plan.kind] = self.graphs.get(plan.kind, 0) + 1
+        log.info("%s graph: %s (%d attention sites)", plan.kind, plan.reason, len(plan.sites))
+        problem = problem_of(gm, plan)
+        if problem is not None:
+            return self._unsupported(problem, gm, example_inputs, bool(compressed))
+        if plan.kind == "dense":
+            return self._dense(gm, example_inputs)
+        try:
+            return self._program(gm, example_inputs, plan, compressed)
+        except TgvkvError as error:
+            return self._unsupported(error, gm, example_inputs, bool(compressed))
+
+    def _program(self, gm: GraphModule, inputs: list[Any], plan: Plan, compressed: frozenset[str]) -> Callable[..., Any]:
+        options = self.options
+        rewrite = functools.partial(
+            rewrite_graph,
+            gm,
+            # The rewrite outlives the call: tensors of it would keep this request's cache alive.
+            [None if isinstance(value, Tensor) else value for value in inputs],
+            compressed,
+            options.eviction,
+            reserve=options.growth_reserve,
+            slots_hint=_Slots(inputs),
+            stop_after=options.stop_after,
+            dumper=self._dumper,
+        )
+        if options.stop_after is not None:
+            rewrite()
+            self._tell(f"stop_after={options.stop_after!r}: graphs are rewritten for inspection, the model runs uncompressed")
+            return self._dense(gm, inputs)
+        weight = key_weight(plan, gm)
+        if plan.kind == "prefill":
+            return PrefillProgram(rewrite, options, id(self), weight)
+        position = {node.name: index for index, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
+        appends = [append for site in plan.sites for append in (site.key, site.value)]
+        pasts = [position[append.past.name] for append in appends if append.past is not None]
+        return CachedProgram(rewrite, options, id(self), weight, pasts)
+
+    def _dense(self, gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        options = self.options
+        return lower_dense(gm, inputs, lowering=options.lowering, mode=options.mode, options=options.options)
+
+    def _unsupported(self, error: TgvkvError, gm: GraphModule, inputs: list[Any], compressed: bool) -> Callable[..., Any]:
+        if compressed or self.options.on_unsupported == "raise":
+            return Refusal(error)
+        self._tell(f"running uncompressed (on_unsupported='passthrough'): {error}")
+        return self._dense(gm, inputs)
+
+    def _tell(self, message: str) -> None:
+        if message not in self._told:
+            self._told.add(message)
+            warnings.warn(f"tgvkv: {message}", stacklevel=2)
+
+
+class _Slots:
+    """T of the example call, found once; then the example inputs can go."""
+
+    def __init__(self, inputs: list[Any]) -> None:
+        self._inputs = inputs
+        self._slots: int | None = None
+
+    def __call__(self, rewrite: Rewrite) -> int:
+        if self._slots is None:
+            self._slots = slots_of_example(rewrite, inputs=self._inputs)
+            self._inputs = []
+        return self._slots
+
+
+def slots_of_example(rewrite: Rewrite, *, inputs: list[Any]) -> int:
+    """T of the example call: of the arena that a prefill would make, or of the one behind the handles."""
+    for value in inputs:
+        if isinstance(value, LogicalKV):
+            return value.compact.state.key_arena.shape[2]
+    size = fake_tensor(rewrite.plan.sites[0].key.node).shape[2]
+    length = int(size.node.hint) if isinstance(size, SymInt) else size  # int(size) would compile for this length alone
+    return arena_slots(
+        rewrite.plan.num_layers,
+        length,
+        rewrite.reserve,
+        config=rewrite.config,
+        num_vision=fewest_vision(rewrite.vision_count, inputs),
+    )
+
+
+def problem_of(gm: GraphModule, plan: Plan) -> TgvkvError | None:
+    """Why a graph must not run as it is, or None."""
+    reason = dynamo.graph_break(gm)
+    where = _break_text(reason)
+    if plan.misses:
+        listed = render_misses(plan.misses)
+        return UnsupportedGraphError(f"tgvkv: {plan.reason}; {len(plan.misses)} sites cannot be rewritten:\n{listed}{where}")
+    if plan.kind == "dense":
+        if plan.modality is None or any(op_kind(node) in ("sdpa", "softmax") for node in gm.graph.nodes):
+            return None
+        merge = plan.modality.merges[0]
+        found = f"%{merge.name} at {source_line(merge)}"
+        if reason is not None:
+            return SplitDecoderError(f"vision features are merged ({found}), but the decoder is in another graph{where}")
+        return NoAttentionError(
+            f"vision features are merged ({found}), but no attention was found in the graph; nothing would be evicted"
+        )
+    if reason is not None and dynamo.breaks_inside(reason, plan.sites[-1].node):
+        return SplitDecoderError(f"dynamo split the decoder after {plan.num_layers} layers{where}")
+    return None
+
+
+def _break_text(reason: Any | None) -> str:
+    if reason is None:
+        return ""
+    return (
+        f"\ndynamo broke the graph at {dynamo.break_place(reason)}\n"
+        "Remedy: leave configure_dynamo=True (it sets torch._dynamo.config.capture_scalar_outputs and "
+        "capture_dynamic_output_shape_ops), take the operation at that line out of the compiled code path, and see "
+        "TORCH_LOGS=graph_breaks"
+    )
+
+
+def _warn_if_unreached(graphs: dict[str, int]) -> None:
+    if not graphs:
+        warnings.warn(
+            "tgvkv: a backend was made and never reached, so nothing was compressed. torch.compile(model).generate() runs the "
+            "uncompiled model; use model.compile(backend=...) or tgvkv_compile.compile(model, ...) instead",
+            stacklevel=1,
+        )

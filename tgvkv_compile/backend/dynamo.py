@@ -1,0 +1,100 @@
+"""What the backend needs of dynamo: flags, and how to read where dynamo broke a graph."""
+
+import inspect
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+log = logging.getLogger("tgvkv_compile")
+
+RECOMPILE_LIMIT = 256
+
+
+def flags() -> dict[str, Any]:
+    """Dynamo's flags with which a VLM's decoder is one graph and eager fallback is an error.
+
+    - `capture_scalar_outputs`, `capture_dynamic_output_shape_ops`: transformers' token count check (`.item()`) and
+      deepstack's boolean indexing break the graph otherwise.
+    - `recompile_limit` and `accumulated_recompile_limit`, raised to at least 256: all models of a process share one
+      counter, and past the limit dynamo runs eager.
+    - `fail_on_recompile_limit_hit`: reaching the limit raises instead of running eager, silently and uncompressed.
+    """
+    config = torch._dynamo.config
+    return {
+        "capture_scalar_outputs": True,
+        "capture_dynamic_output_shape_ops": True,
+        "recompile_limit": max(config.recompile_limit, RECOMPILE_LIMIT),
+        "accumulated_recompile_limit": max(config.accumulated_recompile_limit, RECOMPILE_LIMIT),
+        "fail_on_recompile_limit_hit": True,
+    }
+
+
+def configure() -> None:
+    """Sets the `flags`, process-wide: dynamo gives a backend no way to scope them to a call."""
+    for name, value in flags().items():
+        setattr(torch._dynamo.config, name, value)
+
+
+def compile_apart(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiles `function` such that other compiled code of the same functions neither sees it nor pays for it."""
+    # Older releases than 2.13 have no such argument; entries are told apart by their backend there too, but share a limit.
+    known = inspect.signature(torch.compile).parameters
+    apart = {"isolate_recompiles": True} if "isolate_recompiles" in known else {}
+    return torch.compile(function, backend=backend, **apart)  # type: ignore[call-overload, no-any-return]
+
+
+def graph_break(gm: GraphModule) -> Any | None:
+    """Dynamo's `GraphCompileReason` where the graph ends at a graph break, None where it ends with its frame."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    return reason if reason is not None and getattr(reason, "graph_break", False) else None
+
+
+def break_place(reason: Any) -> str:
+    """`file:line: why` of a graph break."""
+    frame = reason.user_stack[-1] if reason.user_stack else None
+    at = f"{frame.filename}:{frame.lineno}" if frame is not None else "(unknown place)"
+    return f"{at}: {str(reason.reason).strip().splitlines()[0]}"
+
+
+def breaks_inside(reason: Any, node: Node) -> bool:
+    """Whether a graph break is inside the decoder that the attention node `node` belongs to.
+
+    The break's stack and the node's are compared from the outermost frame. The frame where they part is the innermost
+    one that holds both; the decoder is split if that frame is the one that loops over the layers, or deeper.
+    """
+    site = _frames(node.meta.get("stack_trace") or "")
+    broken = [(frame.filename, frame.lineno, frame.name) for frame in reason.user_stack]
+    shared = 0
+    while shared < min(len(site), len(broken)) and site[shared] == broken[shared]:
+        shared += 1
+    loop = _loop_frame(node, site)
+    return loop is None or shared >= loop
+
+
+def _loop_frame(node: Node, frames: list[tuple[str, int, str]]) -> int | None:
+    """Index of the frame that calls the decoder layers: the `forward` of the module that holds `layers.<n>`."""
+    paths = [str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    depth = next((index for index, path in enumerate(paths) if _names_layer(path)), None)
+    forwards = [index for index, (_, _, name) in enumerate(frames) if name == "forward"]
+    if depth is None or not 1 <= depth <= len(forwards):
+        return None
+    return forwards[depth - 1]
+
+
+def _names_layer(path: str) -> bool:
+    last = path.replace("]", "").replace("[", ".").rstrip(".").rsplit(".", 1)[-1].strip("'\"")
+    return last.isdigit()
+
+
+def _frames(trace: str) -> list[tuple[str, int, str]]:
+    frames = []
+    for line in trace.splitlines():
+        line = line.strip()
+        if line.startswith('File "'):
+            file, _, rest = line.removeprefix('File "').partition('", line ')
+            number, _, name = rest.partition(", in ")
+            frames.append((file, int(number), name))
+    return frames

@@ -1,0 +1,241 @@
+"""What dynamo's compiled frames call: a rewritten graph with the compact cache swapped in for the handles."""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from tgvkv_compile.backend.options import BackendOptions
+from tgvkv_compile.errors import (
+    CacheError,
+    ForeignCacheError,
+    GradientsRequiredError,
+    PaddingError,
+    SplitDecoderError,
+    StaleCacheError,
+    TgvkvError,
+)
+from tgvkv_compile.fx.environment import size_reader
+from tgvkv_compile.fx.meta import fake_tensor, output_nodes
+from tgvkv_compile.lower import Lowered, lower_rewritten
+from tgvkv_compile.ops.state import CompactState
+from tgvkv_compile.pipeline import Rewrite
+from tgvkv_compile.plan import Plan
+from tgvkv_compile.runtime.compact import CacheIdentity, CompactCache, arena_slots
+from tgvkv_compile.runtime.logical import LogicalKV, make_handle
+
+log = logging.getLogger("tgvkv_compile")
+
+
+class Refusal:
+    """Raises when it is called. The error is raised here, not while compiling, so that nothing can swallow it."""
+
+    def __init__(self, error: TgvkvError) -> None:
+        self._error = error
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Raises the error."""
+        raise self._error
+
+
+class _Compiled:
+    """A rewritten graph, lowered at its first call and again where a size falls outside what was compiled for."""
+
+    def __init__(self, rewrite: Callable[[], Rewrite], first: Rewrite, options: BackendOptions) -> None:
+        self._rewrite, self._first, self._options = rewrite, first, options
+        self._variants: list[Lowered] = []
+
+    def __call__(self, inputs: Sequence[Any]) -> list[Any]:
+        for lowered in self._variants:
+            if lowered.accepts(inputs):
+                return lowered(*inputs)
+        rewrite = self._rewrite() if self._variants else self._first
+        options = self._options
+        lowered = lower_rewritten(
+            rewrite.gm,
+            rewrite.environment,
+            lowering=options.lowering,
+            mode=options.mode,
+            options=options.options,
+        )
+        log.debug("lowered a %s graph (variant %d)", rewrite.plan.kind, len(self._variants) + 1)
+        self._variants.insert(0, lowered)
+        return lowered(*inputs)
+
+
+def check_gradients(inputs: Sequence[Any]) -> None:
+    """Raises [`GradientsRequiredError`][] where autograd would have to go through an eviction."""
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+        raise GradientsRequiredError(
+            "gradients are required (grad mode is on and the model's parameters require them), but KV eviction is not "
+            "differentiable; call the model under torch.no_grad() or torch.inference_mode(), as generate() does"
+        )
+
+
+def key_weight(plan: Plan, gm: GraphModule) -> int | None:
+    """Index of the graph input that is a weight of the first layer's keys, by which a model is recognised."""
+    position = {node: index for index, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
+    frontier: list[Node] = [plan.sites[0].key.new]
+    seen = set(frontier)
+    while frontier:
+        for node in frontier:
+            if node in position and "tensor_dict" in node.meta and "weight" in node.name:
+                return position[node]
+        frontier = [parent for node in frontier for parent in node.all_input_nodes if parent not in seen]
+        seen.update(frontier)
+    return None
+
+
+class PrefillProgram:
+    """Runs a rewritten prefill and wraps its compact state into a cache and handles."""
+
+    def __init__(self, rewrite: Callable[[], Rewrite], options: BackendOptions, backend: int, weight: int | None) -> None:
+        first = rewrite()
+        plan = first.plan
+        self._compiled = _Compiled(rewrite, first, options)
+        self._options, self._backend, self._weight = options, backend, weight
+        self._layers = plan.num_layers
+        self._slots = [(site.key.output, site.value.output) for site in plan.sites]
+        self._outputs = len(output_nodes(first.gm)) - len(CompactState._fields) - 2
+        self._length = size_reader(first.gm, fake_tensor(plan.sites[0].key.node).shape[2])
+        self._vision_count = first.vision_count
+
+    def __call__(self, *inputs: Any) -> list[Any]:
+        """Inputs and outputs as dynamo's graph has them, handles in the places of keys and values."""
+        check_gradients(inputs)
+        length = self._length(inputs)
+        options = self._options
+        slots = arena_slots(
+            self._layers,
+            length,
+            options.growth_reserve,
+            config=options.eviction,
+            num_vision=fewest_vision(self._vision_count, inputs),
+        )
+        results = self._compiled([*inputs, slots])
+        outputs, state, (room, valid) = results[: self._outputs], results[self._outputs : -2], results[-2:]
+        if valid is not None and not bool(valid[:, -1].all()):
+            sample = int((~valid[:, -1]).nonzero()[0, 0])
+            raise PaddingError(
+                f"sample {sample} of the batch is padded on the right; set tokenizer.padding_side = 'left' "
+                "(processor.tokenizer.padding_side = 'left') and tokenize again"
+            )
+        weight = inputs[self._weight].data_ptr() if self._weight is not None else 0
+        compact = CompactCache(
+            CompactState(*state),
+            config=options.eviction,
+            identity=CacheIdentity(self._backend, weight, self._layers),
+            logical_length=length,
+            reserve=options.growth_reserve,
+            # Only where some samples are shorter can there be less room than asked for; then reading it costs no stall
+            # that the check for padding above has not cost already.
+            room=options.growth_reserve if valid is None else int(room),
+        )
+        for layer, (key, value) in enumerate(self._slots):
+            outputs[key] = make_handle(compact, layer, "key")
+            outputs[value] = make_handle(compact, layer, "value")
+        return outputs
+
+
+def fewest_vision(counter: GraphModule | None, inputs: Sequence[Any]) -> int | None:
+    """Fewest vision tokens of a sample, where the arena's size depends on it (`budget_of="vision"`).
+
+    Args:
+        counter: From `extract_vision_count`.
+        inputs: Of a call, or example inputs from dynamo, where sizes may be symbolic.
+    """
+    if counter is None:
+        return None
+    inputs = [value.node.hint if isinstance(value, torch.SymInt) else value for value in inputs]
+    with torch.no_grad():
+        (count,) = counter(*inputs)
+    return int(count.min())
+
+
+class CachedProgram:
+    """Runs a rewritten decode step or continuation on the compact cache that its handles stand for."""
+
+    def __init__(
+        self,
+        rewrite: Callable[[], Rewrite],
+        options: BackendOptions,
+        backend: int,
+        weight: int | None,
+        pasts: list[int],
+    ) -> None:
+        first = rewrite()
+        plan = first.plan
+        self._kind = plan.kind
+        self._compiled = _Compiled(rewrite, first, options)
+        self._backend, self._weight = backend, weight
+        self._slots = [(site.key.output, site.value.output) for site in plan.sites]
+        self._pasts = pasts  # key and value of each layer, by turns
+        self._dropped = frozenset(pasts)
+        self._padded = plan.kind == "continuation" and plan.sites[0].mask is not None
+        kept = [index for index in range(_count_inputs(first, pasts)) if index not in self._dropped]
+        self._kept = kept
+        reader = size_reader(first.gm, fake_tensor(plan.sites[0].query).shape[2])
+        self._tokens: Callable[[Sequence[Any]], int] = reader
+
+    def __call__(self, *inputs: Any) -> list[Any]:
+        """Inputs and outputs as dynamo's graph has them, with handles one step longer."""
+        check_gradients(inputs)
+        compact = self._compact(inputs)
+        rest = [inputs[index] for index in self._kept]
+        tokens = self._tokens([*rest, *compact.state])
+        compact.ensure_room(tokens, appended=self._kind == "continuation")
+        compact.broken = f"a {self._kind} step failed half-way"
+        outputs = self._compiled([*rest, *compact.state])
+        compact.advance(tokens, outputs.pop())
+        compact.padded_turns = compact.padded_turns or (self._padded and compact.batch > 1)
+        compact.broken = None
+        for layer, (key, value) in enumerate(self._slots):
+            outputs[key] = make_handle(compact, layer, "key")
+            outputs[value] = make_handle(compact, layer, "value")
+        return outputs
+
+    def _compact(self, inputs: Sequence[Any]) -> CompactCache:
+        handles = [inputs[index] for index in self._pasts]
+        first = handles[0]
+        if not isinstance(first, LogicalKV):
+            raise CacheError("this graph was compiled for a compressed KV cache and was given plain tensors")
+        compact = first.compact
+        for index, handle in enumerate(handles):
+            if not isinstance(handle, LogicalKV) or handle.compact is not compact:
+                raise CacheError(f"layer {index // 2} of the KV cache belongs to another cache than layer 0 does")
+            role = "value" if index % 2 else "key"
+            if handle.role != role or handle.layer != index // 2:
+                raise CacheError(f"the {role}s of layer {index // 2} were given as the {handle.role}s of {handle.layer}")
+            if handle.shape[2] != compact.logical_length:
+                raise StaleCacheError(
+                    f"stale KV cache: it has {handle.shape[2]} tokens, but {compact.logical_length} have been put into it "
+                    "since; a compressed cache is updated in place, so copy.deepcopy(past_key_values) before branching off"
+                )
+        self._check_owner(compact, inputs)
+        compact.usable()
+        return compact
+
+    def _check_owner(self, compact: CompactCache, inputs: Sequence[Any]) -> None:
+        identity = compact.identity
+        if identity.layers != len(self._slots):
+            raise SplitDecoderError(
+                f"this graph holds {len(self._slots)} of the {identity.layers} layers of the KV cache: dynamo split the "
+                "decoder; TORCH_LOGS=graph_breaks tells where"
+            )
+        if identity.backend != self._backend:
+            raise ForeignCacheError(
+                "this KV cache was compressed by another backend (another compiled model, or another call of "
+                "tgvkv_backend); give each model the caches that it made itself"
+            )
+        if self._weight is not None and inputs[self._weight].data_ptr() != identity.weight:
+            raise ForeignCacheError(
+                "this KV cache was made by another model (the weights of its first layer are not this model's); give each "
+                "model the caches that it made itself"
+            )
+
+
+def _count_inputs(rewrite: Rewrite, pasts: list[int]) -> int:
+    return len(rewrite.gm.graph.find_nodes(op="placeholder")) - len(CompactState._fields) + len(pasts)

@@ -1,0 +1,181 @@
+"""The commands and their options. What they do is loaded when they are called: torch takes seconds to import."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from tgvkv_compile.cli.problems import told_plainly
+from tgvkv_compile.config import Budgeting, BudgetOf, DecodeMode
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+app = typer.Typer(
+    name="tgvkv",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Option(help="Folder of a model, or its id on the Hugging Face hub.", show_default=False)]
+Budget = Annotated[str, typer.Option(help="KV kept: 0.05 is a fraction, 64 is tokens per layer on average.")]
+Of = Annotated[BudgetOf, typer.Option(help="What the fraction is of: all of the prompt's KV, or the vision tokens' KV.")]
+Sharing = Annotated[Budgeting, typer.Option(help="How the layers share the budget.")]
+Decode = Annotated[DecodeMode, typer.Option(help="What decoding evicts: by ratio, one in one out, or nothing.")]
+Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Allow the model's repository to run its own code.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if not wanted:
+        return
+    from tgvkv_compile import __version__
+
+    typer.echo(f"tgvkv-compile {__version__}")
+    typer.echo(f"torch {_version_of('torch')}, transformers {_version_of('transformers')}, Python {platform.python_version()}")
+    raise typer.Exit()
+
+
+def _version_of(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+@app.callback()
+def tgvkv(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the versions and exit.")
+    ] = False,
+) -> None:
+    """Run vision-language models on a fraction of their KV cache, with TGV-KV as a torch.compile backend.
+
+    [bold]Examples[/bold]
+
+    tgvkv demo
+
+    tgvkv run --model ./llava --image cat.jpg --prompt "What is this?" --budget 0.05
+
+    tgvkv explain --model ./llava
+    """
+
+
+@app.command()
+def demo(
+    questions: Annotated[int, typer.Option(min=1, help="Held-out questions that accuracy is measured on.")] = 200,
+    budgets: Annotated[str, typer.Option(help="Budgets to compare, comma-separated.")] = "1.0,0.5,0.2,0.1,0.05",
+    budget_of: Annotated[Literal["all", "vision", "both"], typer.Option(help="What the budgets are fractions of.")] = "both",
+    lowering: Annotated[
+        Literal["inductor", "eager"] | None,
+        typer.Option(
+            help="Compiler for everything. By default Inductor for the showcase and eager for the table, "
+            "whose many budgets would each take Inductor half a minute.",
+            show_default=False,
+        ),
+    ] = None,
+    decode: Decode = "ratio",
+    out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("tgvkv-demo.png"),
+    seed: Annotated[int, typer.Option(min=0, help="Draws other questions.")] = 0,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write all results here.", show_default=False)] = None,
+) -> None:
+    """Show what eviction does to a small model that reads digits off a picture.
+
+    Nothing is downloaded: the model (LLaVA, 1.7 M parameters) and its pictures come with the package.
+
+    [bold]Examples[/bold]
+
+    tgvkv demo
+
+    tgvkv demo --questions 40 --budgets 1.0,0.2 --budget-of all --json results.json
+    """
+    with told_plainly():
+        from tgvkv_compile.cli.demo import run_demo
+        from tgvkv_compile.cli.inputs import parse_budgets
+        from tgvkv_compile.cli.results import Settings
+
+        bases: tuple[BudgetOf, ...] = ("all", "vision") if budget_of == "both" else (budget_of,)
+        run_demo(
+            Settings(
+                questions=questions,
+                budgets=parse_budgets(budgets),
+                bases=bases,
+                showcase_lowering=lowering or "inductor",
+                table_lowering=lowering or "eager",
+                decode=decode,
+                seed=seed,
+                picture=out,
+                json=json,
+            )
+        )
+
+
+@app.command()
+def run(
+    model: Model,
+    image: Annotated[list[Path], typer.Option(help="Picture file; give it again for more.", show_default=False)],
+    prompt: Annotated[str, typer.Option(help="The question.", show_default=False)],
+    budget: Budget = "0.05",
+    budget_of: Of = "all",
+    budgeting: Sharing = "tvb",
+    decode: Decode = "ratio",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
+    lowering: Annotated[
+        Literal["inductor", "aot_eager", "eager"], typer.Option(help="Compiler; all but inductor are for debugging.")
+    ] = "inductor",
+    dtype: Annotated[Dtype, typer.Option(help="Type of the weights; auto is the checkpoint's.")] = "auto",
+    device: Annotated[str, typer.Option(help="Where to run, such as cpu or cuda:0.")] = "cpu",
+    trust_remote_code: Remote = False,
+) -> None:
+    """Answer a question about pictures with any supported vision-language model.
+
+    The prompt goes through the processor's chat template if it has one; otherwise it is used as it is, with the image
+    token put in front where it is missing. The answer is streamed; then comes what the KV cache holds.
+
+    [bold]Example[/bold]
+
+    tgvkv run --model ./llava --image cat.jpg --prompt "What is this?" --budget 0.05
+    """
+    with told_plainly():
+        from tgvkv_compile.cli.inputs import load, parse_budget, read_images
+        from tgvkv_compile.cli.run import answer
+
+        options = {"budget_of": budget_of, "budgeting": budgeting, "decode": decode, "lowering": lowering}
+        kept = parse_budget(budget)
+        images = read_images(image)
+        loaded = load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        answer(loaded, images, prompt, kept, options, max_new_tokens)
+
+
+@app.command()
+def explain(
+    model: Model,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="Picture file; a blank picture if not given.", show_default=False)
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="The question.")] = "What is in the picture?",
+    budget: Budget = "0.05",
+    budget_of: Of = "all",
+    budgeting: Sharing = "tvb",
+    decode: Decode = "ratio",
+    dtype: Annotated[Dtype, typer.Option(help="Type of the weights; auto is the checkpoint's.")] = "auto",
+    device: Annotated[str, typer.Option(help="Where to run, such as cpu or cuda:0.")] = "cpu",
+    trust_remote_code: Remote = False,
+) -> None:
+    """Tell what the backend finds in a model and would do with it. Nothing is compiled.
+
+    [bold]Example[/bold]
+
+    tgvkv explain --model ./llava --budget 0.1
+    """
+    with told_plainly():
+        from tgvkv_compile.cli.inputs import load, parse_budget, read_images
+        from tgvkv_compile.cli.run import explanation
+
+        kept = parse_budget(budget)
+        images = read_images(image or [])
+        loaded = load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        options = {"budget_of": budget_of, "budgeting": budgeting, "decode": decode}
+        typer.echo(explanation(loaded, images, prompt, kept, options))

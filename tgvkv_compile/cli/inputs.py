@@ -1,0 +1,172 @@
+"""From a user's words to what a model takes: budgets, picture files, models, prompts."""
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging as transformers_logging
+
+from tgvkv_compile.cli.problems import CommandError, first_line
+from tgvkv_compile.config import EvictionConfig
+from tgvkv_compile.errors import ConfigError
+
+BLANK_SIZE = 336
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A model for inference and its processor; both are stock transformers objects of any class."""
+
+    model: Any
+    processor: Any
+
+
+def parse_budget(text: str) -> float | int:
+    """Reads `0.05` as a fraction and `64` as tokens per layer.
+
+    Raises:
+        ConfigError: It is neither, or out of range.
+    """
+    text = text.strip()
+    try:
+        budget = int(text) if text.isdigit() else float(text)
+    except ValueError:
+        raise CommandError(f"--budget {text!r} is not a number; give 0.05 for a fraction, 64 for tokens per layer") from None
+    try:
+        EvictionConfig(budget)
+    except ConfigError as error:
+        raise CommandError(str(error)) from None
+    return budget
+
+
+def parse_budgets(text: str) -> tuple[float | int, ...]:
+    """Reads a comma-separated list of budgets; the same one twice counts once."""
+    budgets = tuple(dict.fromkeys(parse_budget(part) for part in text.split(",") if part.strip()))
+    if not budgets:
+        raise CommandError(f"--budgets {text!r} names no budget; give some, such as 1.0,0.5,0.05")
+    return budgets
+
+
+def read_images(paths: Sequence[Path]) -> list[Image.Image]:
+    """Opens picture files as RGB.
+
+    Raises:
+        CommandError: A file is missing or is not a picture.
+    """
+    return [_read_image(path) for path in paths]
+
+
+def _read_image(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as file:
+            image: Image.Image = file.convert("RGB")
+            return image
+    except FileNotFoundError:
+        raise CommandError(f"no such file: {path}") from None
+    except UnidentifiedImageError:
+        raise CommandError(f"not a picture that can be read: {path}") from None
+    except (OSError, Image.DecompressionBombError) as error:
+        raise CommandError(f"cannot read {path}: {first_line(error)}") from None
+
+
+def load(name: str, *, dtype: str = "auto", device: str = "cpu", trust_remote_code: bool = False) -> Loaded:
+    """Loads a vision-language model and its processor for inference.
+
+    Raises:
+        CommandError: There is no such model or device, or it is not a vision-language model.
+    """
+    _check_device(device)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        folder = Path(name).expanduser()
+        if not folder.is_dir():
+            raise CommandError(f"no such folder: {name}")
+        name = str(folder)
+    with quiet_transformers():
+        try:
+            processor = AutoProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+                name, trust_remote_code=trust_remote_code
+            )
+            model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError, ImportError, KeyError) as error:
+            raise CommandError(f"cannot load model {name!r}: {first_line(error)}") from None
+    model.train(False)
+    return Loaded(model.to(device), processor)
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silences the progress bars and warnings that transformers prints while loading."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def blank_image() -> Image.Image:
+    """A grey picture, for looking at a model without a question in mind."""
+    return Image.new("RGB", (BLANK_SIZE, BLANK_SIZE), (128, 128, 128))
+
+
+def build_inputs(loaded: Loaded, images: Sequence[Image.Image], prompt: str) -> Any:
+    """What `model.generate` takes, on the model's device and in its type.
+
+    Raises:
+        CommandError: The processor cannot make inputs of these pictures and this prompt.
+    """
+    processor = loaded.processor
+    try:
+        if getattr(processor, "chat_template", None):
+            content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": prompt}]
+            inputs = processor.apply_chat_template(
+                [{"role": "user", "content": content}],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
+        else:
+            text = with_image_tokens(prompt, _image_token(processor), len(images))
+            inputs = processor(images=list(images), text=[text], return_tensors="pt")
+    except (ValueError, TypeError, IndexError) as error:
+        raise CommandError(f"{type(processor).__name__} cannot read this prompt: {first_line(error)}") from None
+    return inputs.to(loaded.model.device, dtype=loaded.model.dtype)
+
+
+def with_image_tokens(prompt: str, token: str, count: int) -> str:
+    """Puts the image tokens that are missing in front of a prompt.
+
+    Raises:
+        CommandError: The prompt has more image tokens than there are pictures.
+    """
+    there = prompt.count(token)
+    if there > count:
+        raise CommandError(f"the prompt has {there} {token} for {count} pictures; give an --image for each")
+    return " ".join([token] * (count - there) + [prompt])
+
+
+def _image_token(processor: Any) -> str:
+    for owner in (processor, getattr(processor, "tokenizer", None)):
+        token = getattr(owner, "image_token", None)
+        if token:
+            return str(token)
+    return "<image>"
+
+
+def _check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # an assertion is what torch built without CUDA raises
+        raise CommandError(f"--device {name!r} cannot be used here: {first_line(error)}") from None

@@ -1,0 +1,87 @@
+"""The options of the backend: one frozen record, checked when it is made."""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+from tgvkv_compile.errors import ConfigError, UnknownOptionError
+
+BudgetOf = Literal["all", "vision"]
+Budgeting = Literal["tvb", "waterfill", "uniform"]
+DecodeMode = Literal["ratio", "fixed", "keep"]
+Lowering = Literal["inductor", "aot_eager", "eager"]
+CompileMode = Literal["reduce-overhead", "max-autotune"]
+OnUnsupported = Literal["raise", "passthrough"]
+
+SINK_TOKENS = 4  # the authors' released code keeps the first four positions
+
+
+@dataclasses.dataclass(frozen=True)
+class EvictionConfig:
+    """What the eviction maths needs to know (`docs/algorithm.md`).
+
+    Attributes:
+        budget: A `float` in (0, 1] is the fraction of KV kept after prefill, averaged over layers; an `int` >= 1 is the
+            number of tokens kept per layer on average (`rho = min(1, budget / N)`).
+        budget_of: What the budget is a fraction of: the whole prompt's KV (`"all"`, the paper's main setting) or the
+            vision tokens' KV, all text being kept (`"vision"`, the paper's Table 8).
+        budgeting: How layers share it: `"tvb"` (paper section 4.1, as released), `"waterfill"` (same weights, the
+            total is kept when layers clamp) or `"uniform"`.
+        decode: What decoding evicts: `"ratio"` (as released), `"fixed"` (one in, one out) or `"keep"` (nothing).
+        sink_tokens: How many first positions are always kept.
+    """
+
+    budget: float | int = 0.05
+    budget_of: BudgetOf = "all"
+    budgeting: Budgeting = "tvb"
+    decode: DecodeMode = "ratio"
+    sink_tokens: int = SINK_TOKENS
+
+    def __post_init__(self) -> None:
+        _check_budget(self.budget)
+        check_choice("budget_of", self.budget_of, BudgetOf)
+        check_choice("budgeting", self.budgeting, Budgeting)
+        check_choice("decode", self.decode, DecodeMode)
+        check_count("sink_tokens", self.sink_tokens, minimum=0)
+
+
+def _check_budget(budget: object) -> None:
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)):
+        raise ConfigError(
+            f"budget={budget!r} is a {type(budget).__name__}; give a float in (0, 1] (fraction of KV kept) or an int >= 1 "
+            "(tokens kept per layer on average)"
+        )
+    if isinstance(budget, int):
+        if budget < 1:
+            raise ConfigError(f"budget={budget!r} is out of range; an int budget is tokens per layer and must be >= 1")
+    elif math.isnan(budget) or not 0.0 < budget <= 1.0:
+        raise ConfigError(
+            f"budget={budget!r} is out of range; a float budget is the fraction of KV kept and must lie in (0, 1]; "
+            "for a number of tokens per layer give an int"
+        )
+
+
+def check_choice(name: str, value: object, choices: Any, *, optional: bool = False) -> None:
+    """Raises [`ConfigError`][] unless `value` is one of the literals `choices` (or None where `optional`)."""
+    allowed = get_args(choices)
+    if value in allowed or (optional and value is None):
+        return
+    text = ", ".join(repr(choice) for choice in ((None, *allowed) if optional else allowed))
+    raise ConfigError(f"{name}={value!r} is not known; choose one of {text}")
+
+
+def check_count(name: str, value: object, *, minimum: int) -> None:
+    """Raises [`ConfigError`][] unless `value` is an int of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ConfigError(f"{name}={value!r} must be an int >= {minimum}")
+
+
+def check_names(options: Mapping[str, object], known: tuple[str, ...], *, where: str) -> None:
+    """Raises [`UnknownOptionError`][] for an option that `where` does not have, with the nearest name it has."""
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise UnknownOptionError(f"unknown option {name!r} of {where}{hint}. Known options: {', '.join(known)}")

@@ -1,0 +1,99 @@
+"""Packing many questions about one picture into one training sequence.
+
+    before  picture : <cells> | digits on red ? answer : 7 0 3 <eos> | read row r4 ? answer : 1 2 ... <eos> | ...
+    after   every question sees the opening, the cells and itself, at the positions it has when asked alone
+
+So a packed question is, to the model, the same as a question asked alone; the cells are computed once for all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .pictures import COLOURS, NO_COLOUR, View
+from .processor_files import BOS, EOS, WORD_IDS, word_ids
+from .questions import OPENING, Asked, Kind, about_colour, about_place
+
+NO_TARGET = -100
+OPENING_IDS: tuple[int, ...] = (WORD_IDS[BOS], *word_ids(OPENING))
+KINDS: tuple[Kind, ...] = ("content", "position")
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A batch of packed sequences; `Q` is the padded length of the questions of one picture, `N` the whole length.
+
+    Attributes:
+        question_ids: `[B, Q]` int64, the questions and answers, without opening and cells.
+        targets: `[B, Q]` int64, the token after each token where that is of an answer, else `NO_TARGET`.
+        kinds: `[B, Q]` int64, index into `KINDS`.
+        positions: `[B, N]` int64.
+        visible: `[B, 1, N, N]` bool, true where a query (third dimension) sees a key (fourth).
+        ranks: `[B, cells]` int64, how many cells of its own colour come before a cell, `NO_TARGET` if uncoloured.
+    """
+
+    question_ids: Tensor
+    targets: Tensor
+    kinds: Tensor
+    positions: Tensor
+    visible: Tensor
+    ranks: Tensor
+
+
+def draw_questions(rng: np.random.Generator, view: View, count: int) -> list[Asked]:
+    """Draws `count` questions about one view: one about each colour that it shows, the rest about places."""
+    shown = np.unique(view.colours[view.colours != NO_COLOUR])
+    about_colours = [about_colour(view, int(colour)) for colour in shown]
+    return about_colours + [about_place(rng, view) for _ in range(count - len(shown))]
+
+
+def pack(views: list[View], asked: list[list[Asked]]) -> Packed:
+    """Packs the questions `asked[b]` about `views[b]`, all of one size; the model sees only the views."""
+    lead = len(OPENING_IDS) + views[0].size ** 2
+    rows = [_pack_one(questions, lead) for questions in asked]
+    longest = max(len(ids) for ids, _, _, _, _ in rows)
+    ids, targets, kinds, places, blocks = (
+        torch.tensor([row[column] + [padding] * (longest - len(row[column])) for row in rows])
+        for column, padding in enumerate((0, NO_TARGET, 0, lead, -1))
+    )
+    batch = len(views)
+    positions = torch.cat([torch.arange(lead).expand(batch, -1), places], dim=1)
+    blocks = torch.cat([torch.zeros(batch, lead, dtype=torch.int64), blocks], dim=1)
+    same = blocks[:, None, :] == blocks[:, :, None]
+    causal = torch.ones(lead + longest, lead + longest, dtype=torch.bool).tril()
+    visible = (same | (blocks == 0)[:, None, :]) & causal
+    ranks = torch.from_numpy(np.stack([_ranks(view) for view in views]))
+    return Packed(ids, targets, kinds, positions, visible[:, None], ranks)
+
+
+def _pack_one(questions: list[Asked], lead: int) -> tuple[list[int], list[int], list[int], list[int], list[int]]:
+    """Ids, targets, kinds, positions and block numbers (from 1) of one picture's questions, end to end."""
+    ids: list[int] = []
+    targets: list[int] = []
+    kinds: list[int] = []
+    places: list[int] = []
+    blocks: list[int] = []
+    for block, question in enumerate(questions, start=1):
+        words = word_ids(question.words)
+        answer = [*word_ids(question.answer), WORD_IDS[EOS]]
+        # <eos> is a target but never an input: nothing comes after it.
+        one = words + answer[:-1]
+        ids += one
+        targets += [NO_TARGET] * (len(words) - 1) + answer
+        kinds += [KINDS.index(question.kind)] * len(one)
+        places += range(lead, lead + len(one))
+        blocks += [block] * len(one)
+    return ids, targets, kinds, places, blocks
+
+
+def _ranks(view: View) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+    colours = view.colours.flatten()
+    ranks = np.full(len(colours), NO_TARGET, dtype=np.int64)
+    for colour in range(len(COLOURS)):
+        (cells,) = np.nonzero(colours == colour)
+        ranks[cells] = np.arange(len(cells))
+    return ranks

@@ -1,0 +1,125 @@
+"""A shape environment of our own for a graph that dynamo handed over.
+
+Dynamo's environment is closed when a rewritten graph is lowered, and it has no symbol for the arena's size. So the graph
+moves: every symbolic size keeps its meaning, new ones can be added, and guards on them are ours to check.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import SymInt, Tensor
+from torch.fx import GraphModule, Node
+
+from tgvkv_compile.errors import InternalError
+from tgvkv_compile.fx.insert import propagate
+from tgvkv_compile.fx.meta import fake_value, set_fake_value
+from tgvkv_compile.fx.private import ConstantSource, DimDynamic, FakeTensorMode, ShapeEnv, enable_python_dispatcher
+
+
+class Environment:
+    """Fake tensors and symbols for one graph.
+
+    Attributes:
+        fake_mode: The mode that all fake values of the graph belong to.
+    """
+
+    def __init__(self) -> None:
+        self.shape_env = ShapeEnv()
+        self.fake_mode = FakeTensorMode(shape_env=self.shape_env, allow_non_fake_inputs=True)
+        self._moved: dict[Any, Any] = {}
+
+    def symbol(self, name: str, hint: int) -> SymInt:
+        """A new symbolic size with the value `hint` in this call."""
+        source = ConstantSource(name)
+        symbol = self.shape_env.create_symbol(hint, source=source, dynamic_dim=DimDynamic.DYNAMIC)
+        node = self.shape_env.create_symintnode(symbol, hint=hint, source=source)
+        assert isinstance(node, SymInt)
+        return node
+
+    def tensor(self, size: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A new fake tensor."""
+        with self.fake_mode:
+            return torch.empty(size, dtype=dtype, device=device)
+
+    @contextlib.contextmanager
+    def tracing(self) -> Iterator[None]:
+        """Functions called within run on fake tensors of this environment, symbolic sizes included."""
+        with self.fake_mode, enable_python_dispatcher():
+            yield
+
+    def adopt(self, gm: GraphModule, inputs: list[Any]) -> None:
+        """Recomputes every fake value of `gm` in this environment.
+
+        Args:
+            gm: A graph from dynamo; its metadata is replaced.
+            inputs: The example inputs, in order, for the values of the symbols.
+        """
+        for node, example in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
+            set_fake_value(node, self._move(node, fake_value(node), example))
+        # `.item()` nodes make symbols that belong to these values; whoever traces the graph next makes its own.
+        with self.tracing(), self.shape_env.ignore_fresh_unbacked_symbols():
+            for node in gm.graph.nodes:
+                if node.op in ("call_function", "call_method"):
+                    propagate(node)
+                elif node.op == "get_attr":
+                    set_fake_value(node, _attribute(gm, node))
+
+    def _move(self, node: Node, old: Any, example: Any) -> Any:
+        if isinstance(old, SymInt):
+            return self._move_size(old, node.name)
+        if isinstance(old, Tensor):
+            size = tuple(self._move_size(length, f"{node.name}.size({dim})") for dim, length in enumerate(old.shape))
+            stride = tuple(self._move_size(step, f"{node.name}.stride({dim})") for dim, step in enumerate(old.stride()))
+            with self.fake_mode:
+                return torch.empty_strided(size, stride, dtype=old.dtype, device=old.device)
+        return example
+
+    def _move_size(self, size: Any, name: str) -> Any:
+        if not isinstance(size, SymInt):
+            return size
+        expression = size.node.expr
+        for symbol in sorted(expression.free_symbols, key=str):
+            if symbol not in self._moved:
+                hint = size.node.shape_env.backed_var_to_val[symbol]
+                self._moved[symbol] = self.symbol(f"{name}:{symbol}", int(hint)).node.expr
+        moved = expression.xreplace(self._moved)
+        if not moved.free_symbols:
+            return int(moved)
+        return self.shape_env.create_symintnode(moved, hint=int(size.node.hint))
+
+
+def size_reader(gm: GraphModule, size: Any) -> Callable[[Sequence[Any]], int]:
+    """How to read a symbolic size off the graph's inputs.
+
+    Args:
+        gm: The graph.
+        size: An int, or a SymInt that some input has as its value or as one of its lengths.
+
+    Returns:
+        A function from the inputs of a call to the size.
+
+    Raises:
+        InternalError: No input has that size.
+    """
+    if not isinstance(size, SymInt):
+        fixed = int(size)
+        return lambda inputs: fixed
+    wanted = size.node.expr
+    for position, node in enumerate(gm.graph.find_nodes(op="placeholder")):
+        value = fake_value(node)
+        if isinstance(value, SymInt) and value.node.expr == wanted:
+            return lambda inputs: int(inputs[position])
+        if isinstance(value, Tensor):
+            for dim, length in enumerate(value.shape):
+                if isinstance(length, SymInt) and length.node.expr == wanted:
+                    return lambda inputs: int(inputs[position].shape[dim])
+    raise InternalError(f"no graph input has the size {size}")
+
+
+def _attribute(gm: GraphModule, node: Node) -> Any:
+    value: Any = gm
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    return value

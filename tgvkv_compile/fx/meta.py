@@ -1,0 +1,56 @@
+"""Metadata of nodes: fake values and source lines, for dynamo graphs and exported graphs alike."""
+
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from tgvkv_compile.errors import InternalError
+
+
+def fake_value(node: Node) -> Any:
+    """The fake value of a node: `meta["example_value"]` (dynamo) or `meta["val"]` (export), or None."""
+    value = node.meta.get("example_value")
+    return node.meta.get("val") if value is None else value
+
+
+def fake_tensor(node: Node) -> torch.Tensor:
+    """The fake tensor of a node.
+
+    Raises:
+        InternalError: The node carries none.
+    """
+    value = fake_value(node)
+    if not isinstance(value, torch.Tensor):
+        raise InternalError(f"node %{node.name} ({node.target}) should hold a tensor, its metadata holds {value!r}")
+    return value
+
+
+def is_tensor(node: object) -> bool:
+    """Whether `node` is a node that holds a tensor."""
+    return isinstance(node, Node) and isinstance(fake_value(node), torch.Tensor)
+
+
+def set_fake_value(node: Node, value: Any) -> None:
+    """Records the fake value under the key that dynamo graphs use."""
+    node.meta["example_value"] = value
+
+
+def output_nodes(gm: GraphModule) -> list[Any]:
+    """The graph's outputs as a list, whatever container the graph returns them in."""
+    (result,) = gm.graph.output_node().args
+    return list(result) if isinstance(result, (tuple, list)) else [result]
+
+
+def source_line(node: Node) -> str:
+    """`file:line, code` of the model code that made the node, innermost frame."""
+    trace = node.meta.get("stack_trace") or ""
+    lines = [line.strip() for line in trace.strip().splitlines()]
+    for position in range(len(lines) - 1, -1, -1):
+        if lines[position].startswith("File "):
+            where = lines[position].removeprefix("File ").replace('"', "")
+            file, _, rest = where.partition(", line ")
+            number, _, _ = rest.partition(",")
+            code = lines[position + 1] if position + 1 < len(lines) else ""
+            return f"{file}:{number}, {code}" if code else f"{file}:{number}"
+    return "(source unknown)"

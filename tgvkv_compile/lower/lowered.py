@@ -1,0 +1,122 @@
+"""Lowering: Inductor, or `aot_eager` / `eager` for debugging."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import SymInt, Tensor
+from torch.fx import GraphModule
+
+from tgvkv_compile.config import CompileMode, Lowering
+from tgvkv_compile.errors import InternalError
+from tgvkv_compile.fx.environment import Environment
+from tgvkv_compile.fx.meta import fake_value
+
+
+class Lowered:
+    """A compiled graph with the guards on its symbolic sizes.
+
+    Args:
+        run: The compiled graph, flat inputs to a flat list of outputs.
+        environment: The environment that the graph was compiled in.
+        inputs: Fake values of the graph's inputs.
+    """
+
+    def __init__(self, run: Callable[..., Sequence[Any]], environment: Environment, inputs: list[Any]) -> None:
+        self._run = run
+        self._environment = environment
+        self._sizes = [(position, dim) for position, value in enumerate(inputs) for dim in _symbolic_dims(value)]
+        sizes = [_size(inputs[position], dim) for position, dim in self._sizes]
+        self._guards = environment.shape_env.produce_guards_expression(sizes)
+
+    def accepts(self, inputs: Sequence[Any]) -> bool:
+        """Whether the sizes of `inputs` are among those that the graph was compiled for."""
+        if not self._guards:
+            return True
+        sizes = [_size(inputs[position], dim) for position, dim in self._sizes]
+        return bool(self._environment.shape_env.evaluate_guards_expression(self._guards, sizes))
+
+    def __call__(self, *inputs: Any) -> list[Any]:
+        """Runs the graph."""
+        return list(self._run(*inputs))
+
+
+def _symbolic_dims(value: Any) -> list[int | None]:
+    if isinstance(value, SymInt):
+        return [None]
+    if isinstance(value, Tensor):
+        return [dim for dim, length in enumerate(value.shape) if isinstance(length, SymInt)]
+    return []
+
+
+def _size(value: Any, dim: int | None) -> Any:
+    return value if dim is None else value.shape[dim]
+
+
+def lower_rewritten(
+    gm: GraphModule,
+    environment: Environment,
+    *,
+    lowering: Lowering,
+    mode: CompileMode | None,
+    options: dict[str, Any] | None,
+) -> Lowered:
+    """Compiles a rewritten graph in its own shape environment.
+
+    Args:
+        gm: The graph; handed over (Inductor mutates it).
+        environment: Where its fake values live.
+        lowering: `"inductor"`, `"aot_eager"` or `"eager"`.
+        mode: Inductor's mode, as in `torch.compile(mode=...)`.
+        options: Inductor's options, as in `torch.compile(options=...)`.
+    """
+    inputs = [fake_value(node) for node in gm.graph.find_nodes(op="placeholder")]
+    with torch.no_grad():
+        run = _BACKENDS[lowering](gm, inputs, _patches(mode, options))
+    if not callable(run):
+        raise InternalError(f"lowering={lowering!r} returned {type(run).__name__}, not a callable")
+    return Lowered(run, environment, inputs)
+
+
+def lower_dense(
+    gm: GraphModule,
+    inputs: list[Any],
+    *,
+    lowering: Lowering,
+    mode: CompileMode | None,
+    options: dict[str, Any] | None,
+) -> Callable[..., Any]:
+    """Compiles a graph that is none of ours, as `torch.compile` would have without us.
+
+    Args:
+        gm: The graph from dynamo.
+        inputs: The example inputs from dynamo.
+        lowering: As in `lower_rewritten`.
+        mode: As in `lower_rewritten`.
+        options: As in `lower_rewritten`.
+    """
+    return _BACKENDS[lowering](gm, inputs, _patches(mode, options))
+
+
+def _patches(mode: CompileMode | None, options: dict[str, Any] | None) -> dict[str, Any]:
+    chosen = dict(torch._inductor.list_mode_options(mode)) if mode is not None else {}
+    return {**chosen, **(options or {})}
+
+
+def _inductor(gm: GraphModule, inputs: list[Any], patches: dict[str, Any]) -> Callable[..., Any]:
+    return torch._inductor.compile(gm, inputs, options=patches or None)  # type: ignore[no-any-return]
+
+
+def _aot_eager(gm: GraphModule, inputs: list[Any], _patches: dict[str, Any]) -> Callable[..., Any]:
+    return torch._dynamo.lookup_backend("aot_eager")(gm, inputs)
+
+
+def _eager(gm: GraphModule, _inputs: list[Any], _patches: dict[str, Any]) -> Callable[..., Any]:
+    return gm.forward
+
+
+_BACKENDS: dict[Lowering, Callable[[GraphModule, list[Any], dict[str, Any]], Callable[..., Any]]] = {
+    "inductor": _inductor,
+    "aot_eager": _aot_eager,
+    "eager": _eager,
+}

@@ -1,0 +1,245 @@
+"""How many entries each layer keeps (paper section 4.1; `docs/algorithm.md`, Prefill 2 and Options).
+
+Everything is float32, the dtype of the attention masses. The recorded cases of the authors' code do not tell float32
+from float64 here, and float64 is missing on some accelerators and slow on the rest. The one threshold where a last bit
+would decide whether a sample is evicted from at all, `int(N * (1 - rho)) == 0`, is made a comparison of integers.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tgvkv_compile.config import Budgeting, EvictionConfig
+
+_FILL_STEPS = 64
+# Weights below this share count as this share when layers are filled. It lets layers without any mass take what no
+# other layer can hold, so that the total is always met, and bounds the search.
+_FILL_MIN_WEIGHT = 2.0**-30
+_BELOW_ONE = 1.0 - 2.0**-24  # the largest float32 below 1
+
+
+class Allocation(NamedTuple):
+    """What each layer of each sample keeps.
+
+    Attributes:
+        kept: `[B, L]` int64, `n_l`: prompt entries kept.
+        rate: `[B, L]` float32, `r_l`: the share of all tokens that `decode="ratio"` keeps. Not clamped for `"tvb"`: it
+            may be over 1. Exactly 1 in every layer of a sample that never loses anything.
+    """
+
+    kept: Tensor
+    rate: Tensor
+
+
+class _Room(NamedTuple):
+    """What is shared out: per layer `lower … upper` entries, `share` of them on average. All `[B, 1]` float32."""
+
+    share: Tensor
+    lower: Tensor
+    upper: Tensor
+
+
+def _tvb(weight: Tensor, room: _Room) -> Tensor:
+    """Wants `k_l = L * share * w_l [B, L]`, unclamped: what a clamped layer cannot hold is not handed to the others."""
+    return room.share * weight.shape[1] * weight
+
+
+def _waterfill(weight: Tensor, room: _Room) -> Tensor:
+    """Wants `clamp(c * w_l, lower, upper) [B, L]` with `c` such that they sum to `L * share`, found by bisection."""
+    weight = weight.clamp(min=_FILL_MIN_WEIGHT)
+    target = room.share * weight.shape[1]
+    low = torch.zeros_like(target)
+    high = room.upper / weight.amin(1, keepdim=True)
+    for _ in range(_FILL_STEPS):
+        middle = (low + high) * 0.5
+        over = (middle * weight).clamp(room.lower, room.upper).sum(1, keepdim=True) > target
+        low, high = torch.where(over, low, middle), torch.where(over, middle, high)
+    return (high * weight).clamp(room.lower, room.upper)
+
+
+def _uniform(weight: Tensor, room: _Room) -> Tensor:
+    """Wants the same `[B, L]` of every layer."""
+    return room.share.expand_as(weight)
+
+
+_BUDGETINGS: dict[Budgeting, Callable[[Tensor, _Room], Tensor]] = {
+    "tvb": _tvb,
+    "waterfill": _waterfill,
+    "uniform": _uniform,
+}
+
+
+def allocate(mass: Tensor, lengths: Tensor, num_vision: Tensor, *, config: EvictionConfig) -> Allocation:
+    """Shares the budget of each sample out over the layers.
+
+    A sample without vision, or whose masses are all 0, weighs its layers alike. A sample so short, or with a budget so
+    near its length, that `int(N * (1 - rho)) == 0` keeps everything for ever.
+
+    Args:
+        mass: `[B, L]` float32, `m_l` of [`scores_from_attention`][tgvkv_compile.ops.scoring.scores_from_attention].
+        lengths: `[B]` int64, the `N` of each sample.
+        num_vision: `[B]` int64, of [`vision_count`][tgvkv_compile.ops.roles.vision_count].
+        config: `budget`, `budget_of`, `budgeting`, `sink_tokens`; and `decode`, because in `"fixed"` mode a rate of 1
+            must mean "never evicts": layers that merely keep all of their prompt get the float below 1 instead.
+    """
+    weight = _weights(mass, num_vision)
+    length = lengths.to(torch.float32).unsqueeze(1)
+    floor = length.clamp(max=config.sink_tokens + 1)
+    wants = _BUDGETINGS[config.budgeting]
+    if config.budget_of == "all":
+        wanted = wants(weight, _Room(_share(length, config), floor, length))
+        # The released code rounds the evicted number, half to even.
+        kept = length - torch.round(length - wanted) if config.budgeting == "tvb" else torch.round(wanted)
+        kept = kept.clamp(floor, length)
+        rate = (kept if config.budgeting == "waterfill" else wanted) / length.clamp(min=1.0)
+    else:
+        vision = num_vision.to(torch.float32).unsqueeze(1)
+        none = torch.zeros_like(vision)
+        chosen = torch.round(wants(weight, _Room(_share(vision, config), none, vision))).clamp(none, vision)
+        kept = torch.maximum(length - vision + chosen, floor)
+        rate = kept / length.clamp(min=1.0)
+    dense = _never_evicts(lengths, num_vision, config).unsqueeze(1)
+    if config.decode == "fixed":
+        rate = torch.where(rate == 1.0, _BELOW_ONE, rate)
+    return Allocation(torch.where(dense, length, kept).to(torch.int64), torch.where(dense, 1.0, rate))
+
+
+def _weights(mass: Tensor, num_vision: Tensor) -> Tensor:
+    """`w_l = m_l / sum_l m_l` `[B, L]`; `1 / L` where there is nothing to weigh."""
+    total = mass.sum(1, keepdim=True)
+    weighs = (num_vision.unsqueeze(1) > 0) & (total > 0)
+    return torch.where(weighs, mass / torch.where(weighs, total, 1.0), 1.0 / mass.shape[1])
+
+
+def _share(tokens: Tensor, config: EvictionConfig) -> Tensor:
+    """`rho` times the tokens that the budget is a fraction of: entries per layer on average."""
+    if isinstance(config.budget, int):
+        return tokens.clamp(max=config.budget)
+    return tokens * config.budget
+
+
+def _never_evicts(lengths: Tensor, num_vision: Tensor, config: EvictionConfig) -> Tensor:
+    """`[B]` bool: `int(N * (1 - rho)) == 0`, in integers."""
+    if not isinstance(config.budget, int):
+        first = _first_evicting_length(config.budget)
+        return torch.ones_like(lengths, dtype=torch.bool) if first is None else lengths < first
+    if config.budget_of == "all":
+        return lengths <= config.budget
+    # N * (1 - budget / V) is at least 1 as soon as V > budget, because N >= V.
+    return (num_vision <= config.budget) & (num_vision > 0)
+
+
+def _first_evicting_length(ratio: float) -> int | None:
+    """The smallest `N` with `int(N * (1 - ratio)) > 0` in float64; None if there is none."""
+    evicted = 1.0 - ratio
+    if evicted <= 0.0:
+        return None
+    length = max(1, int(1.0 / evicted) - 2)
+    while int(length * evicted) == 0:
+        length += 1
+    return length
+
+
+def _never_evicts_host(length: int, num_vision: int | None, config: EvictionConfig) -> bool:
+    """Whether a sample of this size may be one that never loses anything (unknown `num_vision`: yes if any could)."""
+    if not isinstance(config.budget, int):
+        first = _first_evicting_length(config.budget)
+        return first is None or length < first
+    if config.budget_of == "all":
+        return length <= config.budget
+    return num_vision is None or 0 < num_vision <= config.budget
+
+
+def _layer_bound(length: int, num_vision: int | None, config: EvictionConfig) -> float:
+    """Upper bound on the mean over layers of `n_l`, before rounding up."""
+    tokens = length if config.budget_of == "all" else num_vision
+    if tokens is None:
+        return float(length)
+    share = float(min(config.budget, tokens)) if isinstance(config.budget, int) else tokens * config.budget
+    floor = min(config.sink_tokens + 1, length)
+    if config.budget_of == "vision":
+        bound = max(length - tokens, floor) + share + 1.0
+    elif config.budgeting == "tvb":
+        bound = share + floor + 1.0  # a layer below the floor is lifted to it, and the others do not pay for it
+    else:
+        bound = max(share, floor) + 1.0
+    return min(float(length), bound)
+
+
+def kept_bound(num_layers: int, length: int, *, config: EvictionConfig, num_vision: int | None) -> int:
+    """Upper bound on `sum_l n_l` of a sample: at most `L * N * rho + (sink + 2) * L`, never above `L * N`.
+
+    Holds for every sample of *at most* `length` tokens (with *at least* `num_vision` of them vision), so that the
+    padded length of a batch may be given.
+
+    Args:
+        num_layers: `L`.
+        length: `N`.
+        config: The budget.
+        num_vision: For `budget_of="vision"`, of [`vision_count`][tgvkv_compile.ops.roles.vision_count]; None if
+            unknown.
+    """
+    return min(num_layers * length, math.ceil(num_layers * _layer_bound(length, num_vision, config)))
+
+
+def growth_bound(num_layers: int, length: int, new_tokens: int, *, config: EvictionConfig, num_vision: int | None) -> int:
+    """Upper bound on what [`segment_capacity`][] adds to `n_l`, summed over layers.
+
+    At most `L * rho * G + (sink + 1) * L` in `"ratio"` mode for `budgeting="tvb"` or `"uniform"`.
+
+    Unlike [`kept_bound`][] it speaks of a sample of exactly `length` tokens (and exactly `num_vision` vision tokens): a
+    shorter one can be entitled to more growth, up to all of its new tokens if it never evicts.
+
+    Args:
+        num_layers: `L`.
+        length: `N`.
+        new_tokens: `G`.
+        config: The budget.
+        num_vision: For `budget_of="vision"`; None if unknown.
+    """
+    everything = num_layers * new_tokens
+    if config.decode == "keep" or _never_evicts_host(length, num_vision, config):
+        return everything
+    if config.decode == "fixed":
+        return min(everything, num_layers * (config.sink_tokens + 1))
+    # Per layer: capacity <= n + 1 + max(sink, 2 + G * r), see segment_capacity; the rates sum to at most L * rate.
+    if config.budget_of == "all" and config.budgeting != "waterfill":
+        rate = config.budget / max(length, 1) if isinstance(config.budget, int) else config.budget
+    else:
+        rate = _layer_bound(length, num_vision, config) / max(length, 1)
+    return min(everything, math.ceil(num_layers * (rate * new_tokens + max(config.sink_tokens, 2) + 1)))
+
+
+def segment_capacity(
+    kept: Tensor, rate: Tensor, lengths: Tensor, new_tokens: int | Tensor, *, config: EvictionConfig
+) -> Tensor:
+    """Slots that each layer needs so that `new_tokens` further decode steps always find a free one.
+
+    A step writes its token before it evicts, so this is one more than the longest length between steps. Write `n` for
+    `kept`, `x` for `(N + G) * r`. A step that could evict but need not leaves at most `floor(x) + 1` entries; one that
+    evicts leaves as many as there were. A step that finds nothing evictable has only sinks and protected entries:
+    at most `sink + P` of them, where the `P` protected entries are among the `n`. So lengths stay within
+    `max(n + sink, floor(x) + 1)`; `n + sink` is reached where the suffix covers the sinks (a prompt without vision).
+
+    Args:
+        kept: `[B, L]` int64, entries now, all protected ones included.
+        rate: `[B, L]` float32, `r_l`.
+        lengths: `[B]` int64, all tokens up to now.
+        new_tokens: Steps to come, `G`: an int or `[B]` int64.
+        config: `decode` and `sink_tokens`.
+
+    Returns:
+        `[B, L]` int64, at most `kept + new_tokens`.
+    """
+    total = (lengths + new_tokens).unsqueeze(1)
+    all_kept = kept + (total - lengths.unsqueeze(1))
+    if config.decode == "keep":
+        return all_kept
+    longest = kept + config.sink_tokens
+    if config.decode == "fixed":
+        return torch.where(rate == 1.0, all_kept, torch.minimum(all_kept, longest + 1))
+    allowed = (total.to(torch.float32) * rate).to(torch.int64) + 1
+    return torch.minimum(all_kept, torch.maximum(longest, allowed) + 1)

@@ -1,0 +1,108 @@
+"""Custom op `tgvkv::continue_step`: several new tokens join a layer's segment and attend; nothing is evicted."""
+
+import torch
+from torch import Tensor
+
+from tgvkv_compile.ops.graph_masks import valid_columns, visible
+from tgvkv_compile.ops.segments import attend, segment_window
+from tgvkv_compile.ops.state import CompactState
+
+
+@torch.library.custom_op(
+    "tgvkv::continue_step",
+    mutates_args=("key_arena", "value_arena", "slot_position", "segment_len", "next_slot", "protect_from"),
+)
+def _continue_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    key_arena: Tensor,
+    value_arena: Tensor,
+    slot_position: Tensor,
+    segment_start: Tensor,
+    segment_len: Tensor,
+    next_slot: Tensor,
+    protect_from: Tensor,
+    keep_rate: Tensor,
+    lengths: Tensor,
+    layer: int,
+    scale: float,
+) -> Tensor:
+    batch, _, count, _ = query.shape
+    device = query.device
+    among_new = _visible_among_new(mask, batch, count, device)  # [B, Q, Q]
+    valid = among_new[:, -1]  # [B, Q]
+    rank = valid.long().cumsum(1) - 1
+    start, length = segment_start[:, layer], segment_len[:, layer]
+    # The first new token fills the slot that was evicted last, the others go behind the segment's end.
+    slot = torch.where(rank == 0, next_slot[:, layer, None], start[:, None] + length[:, None] + rank)
+    slot = torch.where(valid, slot, slot_position.shape[1] - 1)
+    samples = torch.arange(batch, device=device)[:, None]
+    key_arena[samples, :, slot] = key.transpose(1, 2)
+    value_arena[samples, :, slot] = value.transpose(1, 2)
+    position = torch.where(valid, lengths[:, None] + rank, -1)
+    slot_position[samples, slot] = position.to(slot_position.dtype)
+
+    grown = length + valid.sum(1)
+    window = segment_window(key_arena, value_arena, slot_position, start, grown)
+    # An old entry is seen by every new token; a new one as the mask among new tokens says.
+    column = (window.positions - lengths[:, None]).clamp(min=0)  # rank of a new entry
+    source = torch.where(valid, rank, count).clamp(max=count)
+    by_rank = torch.zeros((batch, count, count + 1), dtype=torch.bool, device=device)
+    by_rank.scatter_(2, source[:, None, :].expand(-1, count, -1), among_new)
+    new_seen = by_rank.gather(2, column.clamp(max=count)[:, None, :].expand(-1, count, -1))
+    old = (window.positions >= 0) & (window.positions < lengths[:, None])
+    sees = old[:, None, :] | (new_seen & (window.positions >= lengths[:, None])[:, None, :])
+    _, output = attend(query, window, sees[:, None], scale)
+
+    segment_len[:, layer] = grown
+    next_slot[:, layer] = start + grown
+    protect_from[:, layer] = lengths
+    return output
+
+
+def _visible_among_new(mask: Tensor | None, batch: int, count: int, device: torch.device) -> Tensor:
+    """Bool `[B, Q, Q]`: which new tokens each new token sees; causal where the model gives no mask."""
+    if mask is None:
+        causal = torch.ones((count, count), dtype=torch.bool, device=device).tril()
+        return causal.expand(batch, count, count)
+    new = visible(mask[:, 0, :, mask.shape[3] - count :])
+    return new.expand(batch, count, count)
+
+
+@_continue_step.register_fake
+def _(query: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(query, memory_format=torch.contiguous_format)
+
+
+def continue_step(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, state: CompactState, *, layer: int, scale: float
+) -> Tensor:
+    """Several new tokens of a later turn, on one layer's segment; the state is updated in place.
+
+    All new tokens are kept and become the protected suffix; nothing is evicted (algorithm, Continuation).
+
+    Args:
+        query: `[B, H, Q, D]`.
+        key: `[B, Hkv, Q, D]`.
+        value: `[B, Hkv, Q, D]`.
+        mask: `[B|1, 1|H, Q, S]` over the logical sequence, or None (causal). Columns of padding are left out.
+        state: The compact cache; `lengths` counts the tokens before these and is left as it is.
+        layer: Which segment.
+        scale: What `q @ k` is multiplied by.
+
+    Returns:
+        The attention output `[B, H, Q, D]`, dtype of `query`.
+    """
+    output: Tensor = torch.ops.tgvkv.continue_step(query, key, value, mask, *state, layer, scale)
+    return output
+
+
+def advance_lengths(lengths: Tensor, mask: Tensor | None, new: Tensor) -> Tensor:
+    """`lengths` `[B]` plus the new tokens of each sample, `new` `[B, Hkv, Q, D]`, padding left out."""
+    count = new.shape[2]
+    if mask is None:
+        return lengths + count
+    valid = valid_columns(mask, lengths)
+    return lengths + valid[:, valid.shape[1] - count :].sum(1)

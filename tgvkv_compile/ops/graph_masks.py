@@ -1,0 +1,47 @@
+"""What the masks that models build say about tokens: which are vision, which are padding."""
+
+import torch
+from torch import Tensor
+
+
+def visible(mask: Tensor) -> Tensor:
+    """Where attention may look.
+
+    Args:
+        mask: bool (True = visible), or additive float (0 = visible, `finfo.min` or `-inf` = hidden), any shape.
+
+    Returns:
+        bool, the same shape.
+    """
+    if mask.dtype == torch.bool:
+        return mask
+    return mask > torch.finfo(mask.dtype).min / 2
+
+
+def valid_columns(mask: Tensor, like: Tensor) -> Tensor:
+    """Which key columns exist for the last query: all but padding.
+
+    Args:
+        mask: `[B|1, 1|H, Q, S]`, bool or additive float.
+        like: Any tensor of the batch, `[B, ...]`: the mask may be shared by all samples.
+
+    Returns:
+        bool `[B, S]`.
+    """
+    last = visible(mask[:, 0, -1, :])
+    return last.expand(like.shape[0], last.shape[1])
+
+
+def vision_positions(masks: tuple[Tensor, ...]) -> Tensor:
+    """The union of the merge masks.
+
+    Args:
+        masks: bool `[B, N, 1]` or `[B, N, hidden]`, at least one.
+
+    Returns:
+        bool `[B, N]`.
+    """
+    union = masks[0][:, :, 0]
+    for mask in masks[1:]:
+        union = union | mask[:, :, 0]
+    return union

@@ -1,0 +1,67 @@
+"""Which token is what: padding, vision, question."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tgvkv_compile.config import EvictionConfig
+
+
+class Roles(NamedTuple):
+    """The role of each token of a padded batch.
+
+    Attributes:
+        valid: `[B, N]` bool, the token is not padding.
+        vision: `[B, N]` bool, a subset of `valid`: an image or video placeholder.
+        question: `[B, N]` bool, the set `R` of the paper: the text after the last vision token.
+        positions: `[B, N]` int64, position among the valid tokens of the sample; -1 at padding.
+        lengths: `[B]` int64, valid tokens: the `N` of the sample.
+    """
+
+    valid: Tensor
+    vision: Tensor
+    question: Tensor
+    positions: Tensor
+    lengths: Tensor
+
+
+def token_roles(vision: Tensor, valid: Tensor | None) -> Roles:
+    """Tells the role of each token (`docs/algorithm.md`, Notation).
+
+    The question is the valid text after the last vision token. A prompt that ends in vision has none: its last valid
+    token stands for it. A sample without vision is all question.
+
+    Args:
+        vision: `[B, N]` bool, vision placeholders.
+        valid: `[B, N]` bool, False at padding (left or right); None where nothing is padded.
+    """
+    if valid is None:
+        valid = torch.ones_like(vision)
+    vision = vision & valid
+    positions = torch.where(valid, valid.to(torch.int64).cumsum(1) - 1, -1)
+    lengths = valid.to(torch.int64).sum(1)
+    index = torch.arange(vision.shape[1], device=vision.device)
+    last_vision = torch.where(vision, index, -1).amax(1, keepdim=True)
+    question = valid & (index > last_vision)
+    last = valid & (positions == lengths.unsqueeze(1) - 1)
+    question = question | (last & ~question.any(1, keepdim=True))
+    return Roles(valid, vision, question, positions, lengths)
+
+
+def forced_tokens(roles: Roles, *, sink_tokens: int) -> Tensor:
+    """Returns `[B, N]` bool: the tokens that are kept whatever their score, the first `sink_tokens` and the last."""
+    last = roles.positions == roles.lengths.unsqueeze(1) - 1
+    return roles.valid & ((roles.positions < sink_tokens) | last)
+
+
+def vision_count(roles: Roles, *, config: EvictionConfig) -> Tensor:
+    """Returns `[B]` int64: the vision tokens that [`allocate`][tgvkv_compile.ops.budgeting.allocate] budgets.
+
+    With `budget_of="vision"` the sink and last positions count as text (`docs/algorithm.md`, Options), so vision tokens
+    that stand there are not counted; otherwise a prompt that opens with an image would lose text to its sinks.
+    """
+    counted = roles.vision
+    if config.budget_of == "vision":
+        counted = counted & ~forced_tokens(roles, sink_tokens=config.sink_tokens)
+    return counted.to(torch.int64).sum(1)

@@ -1,0 +1,272 @@
+"""Text-grounded scores of the prompt's tokens (paper sections 4.1 to 4.3; `docs/algorithm.md`, Prefill 1, 3, 4).
+
+Every score is made of sums over the rows of the head-averaged attention `A`. The formula stands in `_column_sums`,
+`_question_weights`, `_vision_scores` and `_finish`; [`scores_from_attention`][] calls them once over all rows, the op
+`tgvkv::prefill_scores` once per block of rows. A variant that is handed each row's log-sum-exp needs all columns of the
+question rows only: for the other rows `received` is read at text columns alone.
+"""
+
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from tgvkv_compile.ops.graph_masks import visible as seen
+from tgvkv_compile.ops.roles import Roles
+
+# Bytes that one block of attention rows may take. Larger on accelerators, where each block costs kernel launches.
+_BLOCK_BYTES = {"cpu": 16 << 20}
+_BLOCK_BYTES_ACCELERATOR = 128 << 20
+_MIN_BLOCK_ROWS = 16
+
+
+def attention_probabilities(q: Tensor, k: Tensor, visible: Tensor, scale: float) -> Tensor:
+    """Softmax attention of each query head, in float32.
+
+    Query heads are grouped by their key/value head by reshaping `q`; `k` is never repeated. A row that sees nothing is
+    all zeros.
+
+    Args:
+        q: `[B, H, R, D]`, any floating dtype.
+        k: `[B, Hkv, S, D]`, any floating dtype; `Hkv` divides `H`.
+        visible: `[B | 1, 1 | H, R, S]` bool, query `r` sees key `s`.
+        scale: The factor on the logits.
+
+    Returns:
+        `[B, H, R, S]` float32.
+    """
+    hidden = ~visible
+    # The lowest finite value, not -inf: an empty row softmaxes to something finite, which the second fill zeroes.
+    logits = _logits(q, k, scale).masked_fill(hidden, torch.finfo(torch.float32).min)
+    return logits.softmax(-1).masked_fill(hidden, 0.0)
+
+
+def _logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """`q @ k^T * scale`, `[B, H, R, S]` float32, of `q [B, H, R, D]` and `k [B, Hkv, S, D]`."""
+    batch, heads, rows, dim = q.shape
+    kv_heads, keys = k.shape[1], k.shape[2]
+    grouped = (q.to(torch.float32) * scale).reshape(batch, kv_heads, heads // kv_heads * rows, dim)
+    return torch.matmul(grouped, k.to(torch.float32).transpose(2, 3)).reshape(batch, heads, rows, keys)
+
+
+def _known_normaliser(q: Tensor, k: Tensor, visible: Tensor, lse: Tensor, scale: float) -> Tensor:
+    """As [`attention_probabilities`][], for any subset of the keys: `lse [B, H, R]` is over all of them."""
+    return (_logits(q, k, scale) - lse.unsqueeze(3)).exp_().masked_fill_(~visible, 0.0)
+
+
+class _Sums(NamedTuple):
+    """Sums over attention rows, all `[B, S]` float32.
+
+    Attributes:
+        received: Attention that each column receives from all valid rows.
+        asked: Attention that it receives from the question's rows.
+        askers: How many question rows see it.
+    """
+
+    received: Tensor
+    asked: Tensor
+    askers: Tensor
+
+
+def _column_sums(attention: Tensor, visible: Tensor, valid: Tensor, question: Tensor) -> _Sums:
+    """Sums a block of rows: `attention [B, R, S]`, `visible [B | 1, R, S]`, `valid` and `question` `[B, R]` of rows.
+
+    Elementwise products, not matmul: TF32 must not round the scores.
+    """
+    valid_row = valid.to(torch.float32).unsqueeze(2)
+    question_row = question.to(torch.float32).unsqueeze(2)
+    return _Sums(
+        received=(attention * valid_row).sum(1),
+        asked=(attention * question_row).sum(1),
+        askers=(visible.to(torch.float32) * question_row).sum(1),
+    )
+
+
+def _question_weights(sums: _Sums, question: Tensor) -> Tensor:
+    """`u_j [B, N]`: the mean attention that question token `j` receives from the question tokens that see it."""
+    return torch.where(question, sums.asked / sums.askers.clamp(min=1.0), 0.0)
+
+
+def _vision_scores(attention: Tensor, weights: Tensor) -> Tensor:
+    """`sum_j u_j * A[j, :]` over a block of rows: `attention [B, R, S]`, `weights [B, R]` -> `[B, S]`."""
+    return (attention * weights.unsqueeze(2)).sum(1)
+
+
+def _finish(sums: _Sums, vision_scores: Tensor, vision: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Mass `m_l [B]` and score `[B, N]` (`s_v` at vision, `s_t` at text, 0 at padding) from the complete sums."""
+    mass = torch.where(vision, sums.asked, 0.0).sum(1)
+    score = torch.where(valid, torch.where(vision, vision_scores, sums.received), 0.0)
+    return mass, score
+
+
+def scores_from_attention(attention: Tensor, visible: Tensor, roles: Roles) -> tuple[Tensor, Tensor]:
+    """Text-vision mass and token scores from materialised attention (`docs/algorithm.md`, Prefill 1, 3, 4).
+
+    "`i >= j`" of the formulas is "`i` sees `j`" here, which is the same for causal attention and right for the others.
+
+    Args:
+        attention: `[B, N, N]` float32, probabilities averaged over query heads.
+        visible: `[B | 1, N, N]` bool, query row sees key column.
+        roles: Of the `N` tokens.
+
+    Returns:
+        mass: `[B]` float32, `m_l`.
+        score: `[B, N]` float32, `s_t` at text, `s_v` at vision, 0 at padding.
+    """
+    attention = attention.masked_fill(~visible, 0.0)
+    sums = _column_sums(attention, visible, roles.valid, roles.question)
+    vision_scores = _vision_scores(attention, _question_weights(sums, roles.question))
+    return _finish(sums, vision_scores, roles.vision, roles.valid)
+
+
+def _block_rows(q: Tensor, columns: int) -> int:
+    """Rows of `q [B, H, N, D]` per block, such that the block's attention on `columns` stays within its bytes."""
+    batch, heads, _, _ = q.shape
+    limit = _BLOCK_BYTES.get(q.device.type, _BLOCK_BYTES_ACCELERATOR)
+    return max(_MIN_BLOCK_ROWS, limit // max(1, 4 * batch * heads * columns))
+
+
+def _block_visible(valid: Tensor, attn_mask: Tensor | None, is_causal: bool, start: int, end: int, columns: Tensor) -> Tensor:
+    """Which of the keys `columns [C]` the rows `start … end - 1` see: `[B, 1 | H, R, C]` bool."""
+    visible = valid[:, None, None, columns].expand(-1, 1, end - start, -1)
+    if is_causal:
+        row = torch.arange(start, end, device=valid.device)
+        visible = visible & (row.unsqueeze(1) >= columns)
+    if attn_mask is not None:
+        block = attn_mask[:, :, start:end].index_select(3, columns)
+        visible = visible & seen(block)
+    return visible
+
+
+def _first_question(question: Tensor) -> int:
+    """The first row that is a question row of some sample: rows before it need no second pass.
+
+    One host read; under CUDA graph capture there can be none, and every row counts.
+    """
+    if question.is_cuda and torch.cuda.is_current_stream_capturing():
+        return 0
+    return int(question.any(0).to(torch.uint8).argmax())
+
+
+class _Prompt(NamedTuple):
+    """What one call of the op scores: the arguments of [`prefill_scores`][], the roles as three masks."""
+
+    q: Tensor
+    k: Tensor
+    vision: Tensor
+    valid: Tensor
+    question: Tensor
+    attn_mask: Tensor | None
+    is_causal: bool
+    scale: float
+    lse: Tensor | None
+
+    def attention(self, start: int, end: int, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Head-mean attention and visibility of rows `start … end - 1`, both `[B, R, C]`.
+
+        Args:
+            start: First row.
+            end: One past the last row.
+            columns: int64 `[C]`, the keys wanted, if the normaliser is known; None: all that such rows may see.
+        """
+        keys = end if self.is_causal else self.k.shape[2]
+        chosen = torch.arange(keys, device=self.k.device) if columns is None else columns
+        k = self.k[:, :, :keys] if columns is None else self.k.index_select(2, columns)
+        visible = _block_visible(self.valid, self.attn_mask, self.is_causal, start, end, chosen)
+        rows = self.q[:, :, start:end]
+        if self.lse is None:
+            attention = attention_probabilities(rows, k, visible, self.scale)
+        else:
+            attention = _known_normaliser(rows, k, visible, self.lse[:, :, start:end], self.scale)
+        return attention.mean(1), visible.any(1)
+
+
+def _text_received(prompt: _Prompt) -> Tensor:
+    """`s_t` at text `[B, N]` where the normaliser is known: all rows, but only the columns of text."""
+    columns = (prompt.valid & ~prompt.vision).any(0).nonzero()[:, 0]
+    received = torch.zeros(prompt.valid.shape, dtype=torch.float32, device=prompt.q.device)
+    length = received.shape[1]
+    block = _block_rows(prompt.q, columns.shape[0])
+    for start in range(0, length, block):
+        end = min(start + block, length)
+        attention, _ = prompt.attention(start, end, columns)
+        received[:, columns] += (attention * prompt.valid[:, start:end, None]).sum(1)
+    return received
+
+
+@torch.library.custom_op("tgvkv::prefill_scores", mutates_args=())
+def _prefill_scores(
+    q: Tensor,
+    k: Tensor,
+    vision: Tensor,
+    valid: Tensor,
+    question: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    lse: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """[`scores_from_attention`][] of `q [B, H, N, D]` and `k [B, Hkv, N, D]`, a block of rows at a time.
+
+    Without `lse` every row is normalised anew, which takes all rows and columns. With it, only the question's rows and
+    the columns of text are looked at.
+    """
+    prompt = _Prompt(q, k.to(torch.float32), vision, valid, question, attn_mask, is_causal, scale, lse)
+    batch, _, length, _ = q.shape
+    block = _block_rows(q, length)
+    asking = range(_first_question(question), length, block)
+    total = _Sums(*torch.zeros((3, batch, length), dtype=torch.float32, device=q.device).unbind())
+    for start in range(0, length, block) if lse is None else asking:
+        attention, visible = prompt.attention(start, min(start + block, length))
+        rows = slice(start, start + attention.shape[1])
+        part = _column_sums(attention, visible, valid[:, rows], question[:, rows])
+        for accumulated, added in zip(total, part, strict=True):
+            accumulated[:, : added.shape[1]] += added
+    if lse is not None:
+        total = total._replace(received=_text_received(prompt))
+
+    weights = _question_weights(total, question)
+    vision_scores = torch.zeros_like(weights)
+    for start in asking:
+        attention, _ = prompt.attention(start, min(start + block, length))
+        rows = slice(start, start + attention.shape[1])
+        vision_scores[:, : attention.shape[2]] += _vision_scores(attention, weights[:, rows])
+    return _finish(total, vision_scores, vision, valid)
+
+
+@_prefill_scores.register_fake
+def _(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    mass = q.new_empty((q.shape[0],), dtype=torch.float32)
+    return mass, q.new_empty((q.shape[0], q.shape[2]), dtype=torch.float32)
+
+
+def prefill_scores(
+    q: Tensor,
+    k: Tensor,
+    roles: Roles,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    lse: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Text-vision mass and token scores of one layer, without ever holding `N x N` attention.
+
+    Calls the opaque op `tgvkv::prefill_scores`.
+
+    Args:
+        q: `[B, H, N, D]`, any floating dtype; the maths is float32.
+        k: `[B, Hkv, N, D]`, any floating dtype.
+        roles: Of the `N` tokens; padding is neither seen nor counted, whatever the mask says.
+        attn_mask: `[B | 1, 1 | H, N, N]`, bool (True is visible) or additive (visible where above half of the lowest
+            finite value); None if there is none.
+        is_causal: Whether rows see no later column, besides what the mask says.
+        scale: The factor on the logits.
+        lse: `[B, H, N]` float32, the log-sum-exp of each row's visible logits, where attention gives it
+            (`ops.attention`): then only question rows and text columns are computed.
+
+    Returns:
+        mass: `[B]` float32, `m_l`.
+        score: `[B, N]` float32, as [`scores_from_attention`][].
+    """
+    result = torch.ops.tgvkv.prefill_scores(q, k, roles.vision, roles.valid, roles.question, attn_mask, is_causal, scale, lse)
+    return cast(tuple[Tensor, Tensor], result)

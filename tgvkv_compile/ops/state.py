@@ -1,0 +1,32 @@
+"""The tensors of a compact cache, in the order in which rewritten graphs take and return them."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class CompactState(NamedTuple):
+    """All layers' kept KV in one arena per K and V, each layer a segment of it.
+
+    Attributes:
+        key_arena: `[B, Hkv, T, D]`, dtype of the model. Keys keep the rotary embedding of their true position.
+        value_arena: `[B, Hkv, T, D]`.
+        slot_position: int32 `[B, T]`, position of the token in each slot (padding not counted), -1 where empty.
+            The last slot belongs to no segment: what is evicted at prefill is written there.
+        segment_start: int64 `[B, L]`, first slot of each layer.
+        segment_len: int64 `[B, L]`, entries that the next step can attend to.
+        next_slot: int64 `[B, L]`, where the next token goes: the slot evicted last, else the end of the segment.
+        protect_from: int64 `[B, L]`, first position of the protected suffix (algorithm, Decode 3).
+        keep_rate: float32 `[B, L]`, `r_l`.
+        lengths: int64 `[B]`, tokens of the sample so far, padding not counted (`N + t`).
+    """
+
+    key_arena: Tensor
+    value_arena: Tensor
+    slot_position: Tensor
+    segment_start: Tensor
+    segment_len: Tensor
+    next_slot: Tensor
+    protect_from: Tensor
+    keep_rate: Tensor
+    lengths: Tensor

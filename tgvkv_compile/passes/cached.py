@@ -1,0 +1,52 @@
+"""What decode and continuation share: the compact state comes in, the past goes out."""
+
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+from tgvkv_compile.errors import InternalError
+from tgvkv_compile.fx.dead_code import remove_dead
+from tgvkv_compile.fx.insert import insert_call, insert_placeholder
+from tgvkv_compile.fx.meta import output_nodes
+from tgvkv_compile.ops.continue_step import advance_lengths
+from tgvkv_compile.ops.state import CompactState
+from tgvkv_compile.plan import Plan
+
+
+def insert_state(gm: GraphModule, state: CompactState) -> CompactState:
+    """Appends one graph input per tensor of the state.
+
+    Returns:
+        The inputs' nodes, in a `CompactState`.
+    """
+    fields = zip(CompactState._fields, state, strict=True)
+    nodes: Any = [insert_placeholder(gm, f"tgvkv_{name}", value) for name, value in fields]
+    return CompactState(*nodes)
+
+
+def close(gm: GraphModule, plan: Plan, state: CompactState, mask: Node | None) -> None:
+    """Returns None where the joined KV was returned, then the new `lengths`; removes the inputs that held the past.
+
+    Args:
+        gm: The graph, its attention already replaced.
+        plan: Its plan.
+        state: The state's input nodes.
+        mask: Tells padding among the new tokens, or None.
+
+    Raises:
+        InternalError: Something else still reads the past.
+    """
+    outputs = output_nodes(gm)
+    for site in plan.sites:
+        outputs[site.key.output] = outputs[site.value.output] = None
+    with gm.graph.inserting_before(gm.graph.output_node()):
+        lengths = insert_call(gm, advance_lengths, state.lengths, mask, plan.sites[0].key.new, name="tgvkv_lengths_next")
+    gm.graph.output_node().args = ((*outputs, lengths),)
+    remove_dead(gm)
+    for site in plan.sites:
+        for append in (site.key, site.value):
+            assert append.past is not None
+            if append.past.users:
+                users = ", ".join(f"%{user.name}" for user in append.past.users)
+                raise InternalError(f"the past %{append.past.name} is still read by {users}")
+            gm.graph.erase_node(append.past)

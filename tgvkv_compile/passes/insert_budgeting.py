@@ -1,0 +1,30 @@
+"""Insert budgeting: across layers, how many entries each layer keeps."""
+
+import dataclasses
+
+from torch.fx import GraphModule
+
+from tgvkv_compile.config import EvictionConfig
+from tgvkv_compile.fx.insert import insert_call
+from tgvkv_compile.ops.packing import allocate_layers
+from tgvkv_compile.passes.inserted import Budgets, Scores
+from tgvkv_compile.plan import Plan
+
+
+def insert_budgeting(gm: GraphModule, plan: Plan, scores: Scores, config: EvictionConfig) -> Budgets:
+    """Adds one call, after the last layer's scores.
+
+    Before::
+
+        %tgvkv_mass_0 : f32[B] ... %tgvkv_mass_{L-1} : f32[B]
+
+    After::
+
+        %tgvkv_budgets : (i64[B, L], f32[B, L]) = allocate_layers((%tgvkv_mass_0, ...), %tgvkv_roles, budget=...)
+
+    Requires: `insert_scoring` ran. Ensures: one allocation for the whole graph.
+    """
+    options = dataclasses.asdict(config)
+    with gm.graph.inserting_after(scores.score[-1]):
+        allocation = insert_call(gm, allocate_layers, scores.mass, scores.roles, name="tgvkv_budgets", **options)
+    return Budgets(allocation)

@@ -1,0 +1,31 @@
+"""Insert continuation: a later turn's tokens join the compact cache and attend over it."""
+
+from torch.fx import GraphModule
+
+from tgvkv_compile.fx.insert import insert_call
+from tgvkv_compile.ops.continue_step import continue_step
+from tgvkv_compile.ops.state import CompactState
+from tgvkv_compile.passes.cached import close, insert_state
+from tgvkv_compile.plan import Plan
+
+
+def insert_continuation(gm: GraphModule, plan: Plan, state: CompactState) -> None:
+    """Replaces append and attention of every layer of a later turn (several queries); nothing is evicted.
+
+    Before: as `insert_decode`, with Q queries and a mask over the logical sequence.
+
+    After::
+
+        %tgvkv_out_l : [B, H, Q, D] = continue_step(%q_l, %k_l, %v_l, %mask, <CompactState>, layer=l, ...)
+        %tgvkv_lengths_next : i64[B] = advance_lengths(%tgvkv_lengths, %mask, %k_0)
+        return (None, None, ..., %logits, %tgvkv_lengths_next)
+
+    Requires: a continuation plan. Ensures: as `insert_decode`.
+    """
+    nodes = insert_state(gm, state)
+    for layer, site in enumerate(plan.sites):
+        new = (site.query, site.key.new, site.value.new, site.mask)
+        with gm.graph.inserting_before(site.node):
+            out = insert_call(gm, continue_step, *new, nodes, name=f"tgvkv_out_{layer}", layer=layer, scale=site.scale)
+        site.node.replace_all_uses_with(out)
+    close(gm, plan, nodes, plan.sites[0].mask)

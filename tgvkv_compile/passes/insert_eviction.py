@@ -1,0 +1,91 @@
+"""Insert eviction: the kept KV of all layers goes into one arena, and the full KV is no longer returned."""
+
+import dataclasses
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+from tgvkv_compile.config import EvictionConfig
+from tgvkv_compile.fx.insert import insert_call, insert_item, insert_placeholder
+from tgvkv_compile.fx.meta import output_nodes
+from tgvkv_compile.ops import packing
+from tgvkv_compile.ops.retention import retain
+from tgvkv_compile.passes.inserted import Budgets, Scores
+from tgvkv_compile.plan import Plan
+
+
+def insert_eviction(
+    gm: GraphModule, plan: Plan, scores: Scores, budgets: Budgets, config: EvictionConfig, reserve: int, slots: Any
+) -> None:
+    """Ranks, packs and returns the compact state in place of the appended KV.
+
+    Before::
+
+        return (%keys_0, %values_0, ..., %logits)
+
+    After::
+
+        %tgvkv_slots   : Sym(T)        = placeholder
+        %tgvkv_arena   : Arena         = new_arena(%keys_0, %tgvkv_slots)
+        %tgvkv_room    : i64[]         = fitting_reserve(%tgvkv_budgets, %tgvkv_lengths, %tgvkv_arena, reserve)
+        %tgvkv_starts  : i64[B, L]     = segment_starts(%tgvkv_budgets, %tgvkv_lengths, %tgvkv_room)
+        %tgvkv_keep_l  : b8[B, N]      = retain(%tgvkv_score_l, %tgvkv_roles, kept[:, l])
+        %tgvkv_arena_l : Arena         = evict_into(%tgvkv_arena_{l-1}, %keys_l, %values_l, %tgvkv_keep_l, ...)
+        %tgvkv_state   : Bookkeeping   = open_segments((%tgvkv_keep_0, ...), %tgvkv_roles, %tgvkv_starts)
+        return (None, None, ..., %logits, <CompactState>, %tgvkv_room, %tgvkv_valid or None)
+
+    Requires: `insert_budgeting` ran. Ensures: no output holds KV of the full length; the outputs keep their places,
+    with None where KV was, followed by the nine tensors of `CompactState`, the decode steps that there
+    is room for, and the validity of the prompt's columns.
+
+    Args:
+        gm: The graph.
+        plan: Its plan.
+        scores: From `insert_scoring`.
+        budgets: From `insert_budgeting`.
+        config: The eviction options.
+        reserve: Decode steps to leave room for.
+        slots: The fake value of the new input, T.
+    """
+    outputs = output_nodes(gm)
+    options = dataclasses.asdict(config)
+    slots_node = insert_placeholder(gm, "tgvkv_slots", slots)
+    with gm.graph.inserting_before(gm.graph.output_node()):
+        call = _Caller(gm)
+        kept = call.item(budgets.allocation, 0, "tgvkv_kept")
+        rate = call.item(budgets.allocation, 1, "tgvkv_rate")
+        positions = call.item(scores.roles, 3, "tgvkv_positions")
+        lengths = call.item(scores.roles, 4, "tgvkv_lengths")
+        arena = call(packing.new_arena, plan.sites[0].key.node, slots_node, name="tgvkv_arena")
+        shared = (budgets.allocation, lengths)
+        room = call(packing.fitting_reserve, *shared, arena, reserve, name="tgvkv_room", **options)
+        starts = call(packing.segment_starts, *shared, room, name="tgvkv_starts", **options)
+        keeps: list[Node] = []
+        for layer, (site, score) in enumerate(zip(plan.sites, scores.score, strict=True)):
+            count = call(packing.of_layer, kept, layer, name=f"tgvkv_kept_{layer}")
+            start = call(packing.of_layer, starts, layer, name=f"tgvkv_start_{layer}")
+            keep = call(retain, score, scores.roles, count, name=f"tgvkv_keep_{layer}", sink_tokens=config.sink_tokens)
+            keeps.append(keep)
+            kv = (site.key.node, site.value.node)
+            arena = call(packing.evict_into, arena, *kv, keep, positions, start, name=f"tgvkv_arena_{layer}")
+        opened = call(packing.open_segments, tuple(keeps), scores.roles, starts, name="tgvkv_state")
+        state = [call.item(arena, index, f"tgvkv_out_{index}") for index in range(3)]
+        state.append(starts)
+        state += [call.item(opened, index, f"tgvkv_out_{index + 4}") for index in range(3)]
+        state += [rate, lengths]
+    for site in plan.sites:
+        outputs[site.key.output] = outputs[site.value.output] = None
+    gm.graph.output_node().args = ((*outputs, *state, room, scores.valid),)
+
+
+class _Caller:
+    """Shorthand for inserting calls one after the other."""
+
+    def __init__(self, gm: GraphModule) -> None:
+        self._gm = gm
+
+    def __call__(self, function: Any, *args: Any, name: str, **kwargs: Any) -> Node:
+        return insert_call(self._gm, function, *args, name=name, **kwargs)
+
+    def item(self, node: Node, index: int, name: str) -> Node:
+        return insert_item(self._gm, node, index, name=name)

@@ -1,0 +1,56 @@
+"""Normalise: every attention of a prefill becomes one fused operation that also gives the log-sum-exp of its rows."""
+
+import dataclasses
+
+from torch.fx import GraphModule
+
+from tgvkv_compile.fx.insert import insert_call, insert_item
+from tgvkv_compile.fx.meta import fake_value
+from tgvkv_compile.ops.attention import scaled_dot_product_attention_with_lse
+from tgvkv_compile.plan import AttentionSite, Plan
+
+
+def normalise_attention(gm: GraphModule, plan: Plan) -> Plan:
+    """Puts one call in the place of each form; the eager one would hold `[B, H, N, N]`.
+
+    Before, one of::
+
+        %out : [B, H, N, D] = scaled_dot_product_attention(%q, [repeat_kv](%keys), [repeat_kv](%values), %mask, ...)
+        %out : [B, H, N, D] = matmul(softmax(matmul(%q, repeat_kv(%keys)^T) * scale + %mask), repeat_kv(%values))
+
+    After::
+
+        %both : (..., ...)             = scaled_dot_product_attention_with_lse(%q, %keys, %values, %mask, is_causal, scale)
+        %out  : [B, H, N, D]           = %both[0]
+        %lse  : f32[B, H, N]           = %both[1]                # only where the kernel gives it
+
+    Requires: a prefill plan. Ensures: every site has form `"sdpa"`; no node holds attention probabilities.
+
+    Returns:
+        The plan with the new sites.
+    """
+    return dataclasses.replace(plan, sites=tuple(_fuse(gm, site, layer) for layer, site in enumerate(plan.sites)))
+
+
+def _fuse(gm: GraphModule, site: AttentionSite, layer: int) -> AttentionSite:
+    lse = None
+    with gm.graph.inserting_before(site.node):
+        both = insert_call(
+            gm,
+            scaled_dot_product_attention_with_lse,
+            site.query,
+            site.key.node,
+            site.value.node,
+            site.mask,
+            site.is_causal,
+            site.scale,
+            name=f"tgvkv_attention_{layer}",
+        )
+        out = insert_item(gm, both, 0, name=f"tgvkv_output_{layer}")
+        if fake_value(both)[1] is not None:
+            lse = insert_item(gm, both, 1, name=f"tgvkv_lse_{layer}")
+    for node in (both, out):
+        for key in ("stack_trace", "nn_module_stack"):
+            node.meta[key] = site.node.meta.get(key)
+    site.node.replace_all_uses_with(out)
+    return dataclasses.replace(site, node=out, form="sdpa", lse=lse)

@@ -1,0 +1,91 @@
+"""Plan: what to do with a graph, from what the finders found in it."""
+
+import torch
+
+from tgvkv_compile.fx.meta import fake_tensor, source_line
+from tgvkv_compile.fx.targets import target_name
+from tgvkv_compile.plan import AttentionSite, KVAppend, Miss, ModalityMask, Plan
+
+
+def plan_graph(
+    appends: tuple[KVAppend, ...],
+    sites: tuple[AttentionSite, ...],
+    modality: ModalityMask | None,
+    misses: tuple[Miss, ...],
+    *,
+    compressed: frozenset[str],
+) -> Plan:
+    """Decides between prefill, decode, continuation and dense.
+
+    ================  ==========================  =================  ==============
+    past of the KV    vision merged in the graph  queries            kind
+    ================  ==========================  =================  ==============
+    none              yes                         any                prefill
+    none              no                          any                dense (text-only prompt)
+    handles           no                          1                  decode
+    handles           no                          more               continuation
+    no KV append      handles are inputs all the same                miss (it would compute on handles)
+    handles, tensors  yes                         any                miss (a new picture on an old cache)
+    tensors           no                          any                dense (the cache is not compressed)
+    ================  ==========================  =================  ==============
+
+    Args:
+        appends: From `find_appends`.
+        sites: From `find_attention`.
+        modality: From `find_modality`.
+        misses: Of all finders.
+        compressed: Names of the placeholders that hold handles of a compact cache.
+
+    Returns:
+        The plan. Where the graph is a decoder that must be rewritten and cannot be, `kind` is `"dense"` and `misses`
+        says why; a dense graph without misses is not ours to change.
+    """
+    pasts = {append.past.name for append in appends if append.past is not None}
+    handles = pasts & compressed
+    if not compressed and modality is None:
+        what = "no KV append in the graph" if not appends else "text-only prompt or uncompressed cache, nothing to evict"
+        return Plan("dense", what, sites)
+    if modality is not None and not appends and not misses and not compressed:
+        return Plan("dense", "vision is merged, but the graph keeps no KV (use_cache=False)", modality=modality)
+    problems = [*misses, *_disagreements(sites)]
+    if not problems and not sites and appends:
+        problems.append(_at(appends[0], "no attention reads this KV append"))
+    problems += [_unexpected(name) for name in sorted(compressed - pasts)]
+    if modality is not None and pasts:
+        problems.append(_at(appends[0], "new vision tokens on a cache that is in use; start a new cache for a new picture"))
+    if pasts and pasts != handles:
+        problems.append(_at(appends[0], "some layers of the cache are compressed and some are not"))
+    if problems:
+        return Plan("dense", "the decoder cannot be rewritten", sites, modality, tuple(problems))
+    if modality is not None:
+        return Plan("prefill", "vision tokens merged, empty cache", sites, modality)
+    if fake_tensor(sites[0].query).shape[2] == 1:
+        return Plan("decode", "one query on a compressed cache", sites)
+    return Plan("continuation", "several queries on a compressed cache", sites)
+
+
+def _at(append: KVAppend, reason: str) -> Miss:
+    return Miss(append.node.name, target_name(append.node), reason, source_line(append.node))
+
+
+def _unexpected(placeholder: str) -> Miss:
+    reason = (
+        "the KV cache is compressed, and this graph reads it other than by a KV append; it holds no data to read. If dynamo "
+        "took the decoder apart, TORCH_LOGS=graph_breaks tells where"
+    )
+    return Miss(placeholder, "placeholder", reason, "(an input of the graph)")
+
+
+def _disagreements(sites: tuple[AttentionSite, ...]) -> list[Miss]:
+    """One arena holds all layers, so they must agree on heads, head dim, dtype and device."""
+
+    def signature(tensor: torch.Tensor) -> tuple[object, ...]:
+        return tensor.shape[1], tensor.shape[3], tensor.dtype, tensor.device
+
+    found = []
+    first = signature(fake_tensor(sites[0].key.node)) if sites else ()
+    for site in sites:
+        for append in (site.key, site.value):
+            if signature(fake_tensor(append.node)) != first:
+                found.append(_at(append, f"(Hkv, D, dtype, device) differ between layers: {first} at the first layer"))
+    return found

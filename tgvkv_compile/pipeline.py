@@ -1,0 +1,255 @@
+"""The ordered list of steps that turn a traced graph into a rewritten one, and the record of what they did."""
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from tgvkv_compile.config import EvictionConfig
+from tgvkv_compile.errors import ConfigError
+from tgvkv_compile.fx.dead_code import pin_effects
+from tgvkv_compile.fx.dump import Dumper
+from tgvkv_compile.fx.environment import Environment
+from tgvkv_compile.fx.meta import fake_tensor
+from tgvkv_compile.fx.verify import verify
+from tgvkv_compile.ops.state import CompactState
+from tgvkv_compile.passes.extract_vision_count import extract_vision_count
+from tgvkv_compile.passes.find_appends import find_appends
+from tgvkv_compile.passes.find_attention import find_attention
+from tgvkv_compile.passes.find_modality import find_modality
+from tgvkv_compile.passes.insert_budgeting import insert_budgeting
+from tgvkv_compile.passes.insert_continuation import insert_continuation
+from tgvkv_compile.passes.insert_decode import insert_decode
+from tgvkv_compile.passes.insert_eviction import insert_eviction
+from tgvkv_compile.passes.insert_scoring import insert_scoring
+from tgvkv_compile.passes.inserted import Budgets, Scores
+from tgvkv_compile.passes.normalise_attention import normalise_attention
+from tgvkv_compile.passes.plan_graph import plan_graph
+from tgvkv_compile.plan import AttentionSite, GraphKind, KVAppend, Miss, ModalityMask, Plan
+
+
+@dataclasses.dataclass
+class Rewrite:
+    """One graph on its way through the steps.
+
+    Attributes:
+        gm: The graph; a copy of what dynamo gave.
+        environment: The shape environment its metadata lives in.
+        plan: What is being done.
+        reserve: Decode steps that freshly packed segments leave room for.
+        slots_hint: Gives T of the example call.
+        arena_slots: What it gave, for the steps that size an arena.
+        vision_count: Counts each sample's vision tokens, `[B]`, from the graph's inputs (`budget_of="vision"` only).
+        scores, budgets: What inserters left for those after them.
+    """
+
+    gm: GraphModule
+    environment: Environment
+    plan: Plan
+    config: EvictionConfig
+    reserve: int
+    slots_hint: Callable[["Rewrite"], int]
+    arena_slots: int = 0
+    vision_count: GraphModule | None = None
+    scores: Scores | None = None
+    budgets: Budgets | None = None
+
+    def pending(self) -> frozenset[Node]:
+        """Inserted nodes that no node may use yet."""
+        scores, budgets = self.scores, self.budgets
+        nodes = [site.lse for site in self.plan.sites if site.lse is not None]
+        nodes += [scores.roles, *scores.mass, *scores.score] if scores is not None else []
+        nodes += [budgets.allocation] if budgets is not None else []
+        return frozenset(nodes)
+
+
+def _count_vision(rewrite: Rewrite) -> None:
+    if rewrite.config.budget_of == "vision":
+        rewrite.vision_count = extract_vision_count(rewrite.gm, rewrite.plan, rewrite.config)
+
+
+def _normalise(rewrite: Rewrite) -> None:
+    rewrite.plan = normalise_attention(rewrite.gm, rewrite.plan)
+
+
+def _score(rewrite: Rewrite) -> None:
+    rewrite.scores = insert_scoring(rewrite.gm, rewrite.plan)
+
+
+def _budget(rewrite: Rewrite) -> None:
+    assert rewrite.scores is not None
+    rewrite.budgets = insert_budgeting(rewrite.gm, rewrite.plan, rewrite.scores, rewrite.config)
+
+
+def _evict(rewrite: Rewrite) -> None:
+    assert rewrite.scores is not None and rewrite.budgets is not None
+    slots = rewrite.environment.symbol("tgvkv_slots", rewrite.arena_slots)
+    insert_eviction(rewrite.gm, rewrite.plan, rewrite.scores, rewrite.budgets, rewrite.config, rewrite.reserve, slots)
+
+
+def _decode(rewrite: Rewrite) -> None:
+    insert_decode(rewrite.gm, rewrite.plan, rewrite.config, fake_state(rewrite))
+
+
+def _continue(rewrite: Rewrite) -> None:
+    insert_continuation(rewrite.gm, rewrite.plan, fake_state(rewrite))
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One inserter: its name (for `stop_after` and dumps), the kinds of graph it is for, and what it does.
+
+    `requires` names steps that ran before; `sizes_arena` says that it needs `Rewrite.arena_slots`.
+    """
+
+    name: str
+    kinds: frozenset[GraphKind]
+    run: Callable[[Rewrite], None]
+    requires: tuple[str, ...] = ()
+    sizes_arena: bool = False
+
+
+STEPS: tuple[Step, ...] = (
+    Step("extract_vision_count", frozenset({"prefill"}), _count_vision),
+    Step("normalise_attention", frozenset({"prefill"}), _normalise),
+    Step("insert_scoring", frozenset({"prefill"}), _score, requires=("normalise_attention",)),
+    Step("insert_budgeting", frozenset({"prefill"}), _budget, requires=("insert_scoring",)),
+    Step("insert_eviction", frozenset({"prefill"}), _evict, requires=("insert_budgeting",), sizes_arena=True),
+    Step("insert_decode", frozenset({"decode"}), _decode, sizes_arena=True),
+    Step("insert_continuation", frozenset({"continuation"}), _continue, sizes_arena=True),
+)
+
+
+def _check_order() -> None:
+    seen: set[str] = set()
+    for step in STEPS:
+        missing = [name for name in step.requires if name not in seen]
+        assert not missing, f"step {step.name} stands before {missing}"
+        seen.add(step.name)
+
+
+_check_order()
+
+
+def check_stop_after(name: str | None) -> None:
+    """Raises [`ConfigError`][] unless `name` is None or the name of a step."""
+    names = [step.name for step in STEPS]
+    if name is not None and name not in names:
+        raise ConfigError(f"stop_after={name!r} is not a pass; choose one of {', '.join(names)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Findings:
+    """What the finders found in one graph."""
+
+    appends: tuple[KVAppend, ...]
+    sites: tuple[AttentionSite, ...]
+    modality: ModalityMask | None
+    misses: tuple[Miss, ...]
+
+
+def find_all(gm: GraphModule) -> Findings:
+    """Runs every finder; changes nothing."""
+    appends, append_misses = find_appends(gm)
+    sites, site_misses = find_attention(gm, appends)
+    return Findings(appends, sites, find_modality(gm), append_misses + site_misses)
+
+
+def plan_of(gm: GraphModule, compressed: frozenset[str]) -> Plan:
+    """Finds and plans; changes nothing.
+
+    Args:
+        gm: A traced graph with metadata.
+        compressed: Names of the placeholders that hold handles.
+    """
+    return plan_found(find_all(gm), compressed)
+
+
+def plan_found(found: Findings, compressed: frozenset[str]) -> Plan:
+    """Plans from what was found; see `plan_of`."""
+    return plan_graph(found.appends, found.sites, found.modality, found.misses, compressed=compressed)
+
+
+def rewrite_graph(
+    gm: GraphModule,
+    inputs: list[Any],
+    compressed: frozenset[str],
+    config: EvictionConfig,
+    *,
+    reserve: int,
+    slots_hint: Callable[[Rewrite], int],
+    stop_after: str | None = None,
+    dumper: Dumper | None = None,
+) -> Rewrite:
+    """Runs every step that the graph's plan asks for, verifying after each.
+
+    Args:
+        gm: The graph from dynamo; it is copied, not changed.
+        inputs: Its example inputs.
+        compressed: Names of the placeholders that hold handles.
+        config: The eviction options.
+        reserve: Decode steps to leave room for in fresh segments.
+        slots_hint: Gives T of this first call (of the prefill's arena to be, or of the arena that comes in).
+        stop_after: Name of the last step to run; the graph is then for looking at, not for running.
+        dumper: Writes the graph before and after each step.
+
+    Raises:
+        InternalError: A step broke the graph.
+    """
+    gm = _copy(gm)
+    pin_effects(gm)
+    environment = Environment()
+    environment.adopt(gm, inputs)
+    rewrite = Rewrite(gm, environment, plan_of(gm, compressed), config, reserve, slots_hint)
+    verify(gm, after="adopt")
+    if dumper is not None:
+        dumper.graph(gm, rewrite.plan.kind, "traced")
+    for step in STEPS:
+        if rewrite.plan.kind not in step.kinds:
+            continue
+        if step.sizes_arena:  # outside tracing: it may run a graph on the example inputs
+            rewrite.arena_slots = slots_hint(rewrite)
+        with environment.tracing():
+            step.run(rewrite)
+        verify(gm, after=step.name, pending=rewrite.pending())
+        if dumper is not None:
+            dumper.graph(gm, rewrite.plan.kind, step.name)
+        if stop_after == step.name:
+            break
+    return rewrite
+
+
+def _copy(gm: GraphModule) -> GraphModule:
+    """A copy that keeps what dynamo wrote on the graph's inputs: which are weights decides what CUDA graphs copy."""
+    other = copy.deepcopy(gm)
+    pairs = zip(gm.graph.find_nodes(op="placeholder"), other.graph.find_nodes(op="placeholder"), strict=True)
+    for old, new in pairs:
+        new._dynamo_source = getattr(old, "_dynamo_source", None)
+    if hasattr(gm, "_param_name_to_source"):
+        other._param_name_to_source = gm._param_name_to_source
+    return other
+
+
+def fake_state(rewrite: Rewrite) -> CompactState:
+    """Fake tensors of a compact state of the rewritten graph's shapes; the arena's size is symbolic."""
+    key = fake_tensor(rewrite.plan.sites[0].key.node)
+    batch, heads, _, dim = key.shape
+    layers, device = rewrite.plan.num_layers, key.device
+    env = rewrite.environment
+    slots = env.symbol("tgvkv_slots", rewrite.arena_slots)
+    arena = (batch, heads, slots, dim)
+    per_layer = (batch, layers)
+    return CompactState(
+        env.tensor(arena, key.dtype, device),
+        env.tensor(arena, key.dtype, device),
+        env.tensor((batch, slots), torch.int32, device),
+        env.tensor(per_layer, torch.int64, device),
+        env.tensor(per_layer, torch.int64, device),
+        env.tensor(per_layer, torch.int64, device),
+        env.tensor(per_layer, torch.int64, device),
+        env.tensor(per_layer, torch.float32, device),
+        env.tensor((batch,), torch.int64, device),
+    )

@@ -1,0 +1,13 @@
+"""What the finders found and what the planner decided: frozen records, no behaviour."""
+
+from tgvkv_compile.plan.records import (
+    AttentionSite,
+    GraphKind,
+    KVAppend,
+    Miss,
+    ModalityMask,
+    Plan,
+    render_misses,
+)
+
+__all__ = ["AttentionSite", "GraphKind", "KVAppend", "Miss", "ModalityMask", "Plan", "render_misses"]

@@ -1,0 +1,120 @@
+"""Records passed from the finders to the planner and from the planner to the inserters.
+
+Legend used everywhere: `B` batch, `H` query heads, `Hkv` key/value heads, `N` prompt, `S` sequence, `Q` queries of this
+call, `D` head dim, `L` layers, `T` arena slots.
+"""
+
+import dataclasses
+from typing import Literal
+
+from torch.fx import Node
+
+GraphKind = Literal["prefill", "decode", "continuation", "dense"]
+AttentionForm = Literal["sdpa", "eager"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Miss:
+    """Something that looks like a site and cannot be rewritten.
+
+    Attributes:
+        node: Name of the graph node.
+        target: What the node calls.
+        reason: Why it is not a site.
+        source: `file:line, code` of the model source that made the node, or `"(source unknown)"`.
+    """
+
+    node: str
+    target: str
+    reason: str
+    source: str
+
+    def __str__(self) -> str:
+        return f"%{self.node} = {self.target}: {self.reason}\n      at {self.source}"
+
+
+def render_misses(misses: tuple[Miss, ...]) -> str:
+    """One indented paragraph per miss, for error messages and reports."""
+    return "\n".join(f"  - {miss}" for miss in misses)
+
+
+@dataclasses.dataclass(frozen=True)
+class KVAppend:
+    """`joined = cat([past, new], dim=-2)`, stored back into the cache by a graph output.
+
+    Attributes:
+        node: The `cat`, `[B, Hkv, S, D]`.
+        past: The placeholder that holds the past, or None where the past is the empty tensor of a first call.
+        new: The new keys or values, `[B, Hkv, Q, D]`.
+        output: Which of the graph's outputs stores it back.
+    """
+
+    node: Node
+    past: Node | None
+    new: Node
+    output: int
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSite:
+    """One attention over a KV append.
+
+    Attributes:
+        node: The node whose value is the attention output `[B, H, Q, D]`.
+        form: How it is written: one `scaled_dot_product_attention`, or the eager chain that ends in a `matmul`.
+        query: `[B, H, Q, D]`.
+        key: The append of the keys.
+        value: The append of the values.
+        mask: `[B|1, 1|H, Q, S]`, bool (True = visible) or additive float, or None.
+        is_causal: Whether the mask is the causal one (then `mask` is None).
+        scale: What `q @ k` is multiplied by.
+        lse: Log-sum-exp of the rows, float32 `[B, H, Q]`, once `normalise_attention` has asked for it.
+    """
+
+    node: Node
+    form: AttentionForm
+    query: Node
+    key: KVAppend
+    value: KVAppend
+    mask: Node | None
+    is_causal: bool
+    scale: float
+    lse: Node | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ModalityMask:
+    """Which positions are vision placeholders: the masks of the `masked_scatter`s that merge vision features.
+
+    Attributes:
+        masks: bool `[B, N, 1]` or `[B, N, hidden]`, one per merge (images, video); in the graph, or inputs of it.
+        merges: The `masked_scatter` nodes.
+    """
+
+    masks: tuple[Node, ...]
+    merges: tuple[Node, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is to be done with one graph.
+
+    Attributes:
+        kind: `prefill` (vision, empty past), `decode` (one query, compressed past), `continuation` (several queries,
+            compressed past) or `dense` (not ours: left as it is).
+        reason: Why, in one sentence.
+        sites: The attention sites in layer order.
+        modality: The modality mask of a prefill.
+        misses: Why a graph that holds a decoder cannot be rewritten; then `kind` is `dense`.
+    """
+
+    kind: GraphKind
+    reason: str
+    sites: tuple[AttentionSite, ...] = ()
+    modality: ModalityMask | None = None
+    misses: tuple[Miss, ...] = ()
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers hold evictable KV."""
+        return len(self.sites)

@@ -1,0 +1,1 @@
+"""What lives while a request runs: the compact cache and the logical handles that stand for it."""

@@ -1,0 +1,311 @@
+"""The compact cache: all layers' kept KV of one request, in one arena per K and V.
+
+Model code never sees it. It holds handles (`runtime.logical`) of the full logical shape, which keep it alive.
+"""
+
+import dataclasses
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tgvkv_compile.config import EvictionConfig
+from tgvkv_compile.errors import CacheError
+from tgvkv_compile.ops.budgeting import growth_bound, kept_bound, segment_capacity
+from tgvkv_compile.ops.state import CompactState
+
+SLOT_STEP = 16
+"""Arenas are rounded up to a multiple of this many slots, so that requests of like size have like arenas."""
+
+
+def arena_slots(num_layers: int, length: int, reserve: int, *, config: EvictionConfig, num_vision: int | None) -> int:
+    """T of a fresh arena: what may be kept, the growth reserve, one scrap slot, rounded up.
+
+    Args:
+        num_layers: L.
+        length: N, padding counted (no sample is longer).
+        reserve: Decode steps to leave room for (a much shorter sample of a padded batch can be owed more than its share;
+            then the fresh cache has room for fewer steps, see `ops.packing.fitting_reserve`).
+        config: The eviction options.
+        num_vision: Fewest vision tokens of a sample, for `budget_of="vision"`.
+    """
+    kept = kept_bound(num_layers, length, config=config, num_vision=num_vision)
+    growth = growth_bound(num_layers, length, reserve, config=config, num_vision=num_vision)
+    return round_slots(kept + growth + 1)
+
+
+def round_slots(slots: int) -> int:
+    """`slots` rounded up to a multiple of `SLOT_STEP`."""
+    return -(-slots // SLOT_STEP) * SLOT_STEP
+
+
+_Key = tuple[Any, ...]
+"""What was asked of a cache: the operation, the logical length it was asked at, its arguments."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Derived:
+    """A cache derived from another; `indices` is kept alive for its id, `values` is what it held then."""
+
+    cache: "weakref.ref[CompactCache]"
+    indices: Tensor | None
+    values: Tensor | None
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheIdentity:
+    """Whom a compact cache belongs to.
+
+    Attributes:
+        backend: The backend that made it.
+        weight: Address of a weight of the first layer's keys: another model's cache is told from ours by it.
+        layers: L.
+    """
+
+    backend: int
+    weight: int
+    layers: int
+
+
+class CompactCache:
+    """The kept KV of one request. Updated in place by decode graphs; batch operations make new ones.
+
+    Attributes:
+        state: The tensors (see `CompactState`).
+        config: The eviction options.
+        identity: Whom it belongs to.
+        logical_length: Length that the model believes in, padding counted.
+        room: Decode steps that every segment has slots for.
+        reserve: Decode steps that a relayout makes room for; doubles each time.
+        broken: Why the contents are not to be trusted, or None.
+        steps: Calls that have updated it since it was made.
+        padded_turns: Whether a later turn brought padding (then `crop` is refused).
+    """
+
+    def __init__(
+        self,
+        state: CompactState,
+        *,
+        config: EvictionConfig,
+        identity: CacheIdentity,
+        logical_length: int,
+        reserve: int,
+        room: int,
+    ) -> None:
+        self.state = state
+        self.config = config
+        self.identity = identity
+        self.logical_length = logical_length
+        self.room = room
+        self.reserve = reserve
+        self.broken: str | None = None
+        self.padded_turns = False
+        self.steps = 0
+        self._derived: dict[_Key, _Derived] = {}
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return self.state.key_arena.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the arena is."""
+        return self.state.key_arena.device
+
+    def ensure_room(self, tokens: int, *, appended: bool) -> None:
+        """Makes sure that every segment has slots for `tokens` more tokens, growing the arena where not.
+
+        Args:
+            tokens: Tokens that the next call brings.
+            appended: Whether all of them stay (a continuation); else one decode step each, which may evict.
+        """
+        if not appended and tokens <= self.room:
+            return
+        if not appended:
+            self.reserve *= 2
+        capacity = self._capacity(max(self.reserve, tokens))
+        if appended:
+            capacity = capacity + tokens
+        self._relayout(capacity)
+        self.room = max(self.reserve, tokens)
+
+    def advance(self, tokens: int, lengths: Tensor) -> None:
+        """Takes note of a step that a graph has done."""
+        self.state = self.state._replace(lengths=lengths)
+        self.logical_length += tokens
+        self.room -= tokens
+        self.steps += 1
+
+    def select(self, indices: Tensor) -> "CompactCache":
+        """The cache of the samples `indices` (int64 `[B']`), in a new arena. Asked twice, it gives the same one."""
+        # An inference tensor has no version to tell whether it was written to since.
+        version = None if indices.is_inference() else indices._version
+        key = ("select", self.logical_length, id(indices), version)
+        found = self._known(key) if version is not None else None
+        if found is None:
+            # Equal indices in another tensor: `DynamicCache` moves or converts them anew for each layer.
+            found = self._selected(indices) or self._samples(indices)
+            self._remember(key, found, indices)
+        return found
+
+    def select_range(self, part: tuple[int, int, int]) -> "CompactCache":
+        """The cache of the samples `range(*part)`."""
+        return self._derive(
+            ("range", self.logical_length, part), lambda: self._samples(torch.arange(*part, device=self.device))
+        )
+
+    def repeat(self, repeats: int) -> "CompactCache":
+        """Each sample `repeats` times, in a new arena."""
+        every = torch.arange(self.batch, device=self.device)
+        return self._derive(("repeat", self.logical_length, repeats), lambda: self._samples(every.repeat_interleave(repeats)))
+
+    def crop(self, length: int) -> "CompactCache":
+        """The cache without the tokens at logical positions `length` and later, in a new arena.
+
+        Raises:
+            CacheError: The turns were padded, so positions cannot be told from the length.
+        """
+        if self.padded_turns:
+            raise CacheError("crop() of a cache whose later turns were padded is not supported; crop an unpadded cache")
+        return self._derive(("crop", self.logical_length, length), lambda: self._cropped(length))
+
+    def clone(self) -> "CompactCache":
+        """An independent copy."""
+        return self._with(CompactState(*(x.clone() for x in self.state)))
+
+    def usable(self) -> None:
+        """Raises [`CacheError`][] where a step failed half-way and the contents are not to be trusted."""
+        if self.broken is not None:
+            raise CacheError(f"this cache is incomplete: {self.broken}; start the request again")
+
+    def _samples(self, indices: Tensor) -> "CompactCache":
+        self.usable()
+        return self._with(CompactState(*(tensor.index_select(0, indices) for tensor in self.state)))
+
+    def _with(self, state: CompactState) -> "CompactCache":
+        other = CompactCache(
+            state,
+            config=self.config,
+            identity=self.identity,
+            logical_length=self.logical_length,
+            reserve=self.reserve,
+            room=self.room,
+        )
+        other.padded_turns = self.padded_turns
+        return other
+
+    def _derive(self, key: _Key, make: Callable[[], "CompactCache"]) -> "CompactCache":
+        """One derived cache per operation: `DynamicCache` asks once per layer and per K and V."""
+        found = self._known(key)
+        if found is None:
+            found = make()
+            self._remember(key, found, None)
+        return found
+
+    def _known(self, key: _Key) -> "CompactCache | None":
+        """A cache that was derived before and has not been stepped since."""
+        known = self._derived.get(key)
+        found = known.cache() if known is not None else None
+        return found if found is not None and found.steps == 0 else None
+
+    def _selected(self, indices: Tensor) -> "CompactCache | None":
+        """A cache of the same samples."""
+        for key, known in self._derived.items():
+            values = known.values
+            if key[1] != self.logical_length or values is None:
+                continue
+            alike = (values.shape, values.dtype, values.device) == (indices.shape, indices.dtype, indices.device)
+            if alike and torch.equal(values, indices):
+                found = self._known(key)
+                if found is not None:
+                    return found
+        return None
+
+    def _remember(self, key: _Key, cache: "CompactCache", indices: Tensor | None) -> None:
+        self._derived = {k: known for k, known in self._derived.items() if known.cache() is not None}
+        values = None if indices is None else indices.clone()
+        self._derived[key] = _Derived(weakref.ref(cache), indices, values)
+
+    def _capacity(self, reserve: int) -> Tensor:
+        return segment_capacity(self.state.segment_len, self.state.keep_rate, self.state.lengths, reserve, config=self.config)
+
+    def _cropped(self, length: int) -> "CompactCache":
+        self.usable()
+        padding = self.logical_length - self.state.lengths
+        limit = (length - padding).clamp(min=0)
+        gone = self.state.slot_position >= limit[:, None]
+        suffix = self._suffix_sizes()
+        state = CompactState(*(x.clone() for x in self.state))
+        state.slot_position.masked_fill_(gone, -1)
+        kept = _entries(state)
+        state = state._replace(segment_len=kept.sum(2), lengths=torch.minimum(state.lengths, limit))
+        other = self._with(state)
+        other.logical_length = length
+        other.room = self.reserve
+        other._relayout(other._capacity(other.reserve))
+        other._protect(suffix)
+        return other
+
+    def _suffix_sizes(self) -> Tensor:
+        """`P_l`, int64 `[B, L]`: the size of the protected suffix does not change while decoding."""
+        position = self.state.slot_position[:, None, :]
+        return (_entries(self.state) & (position >= self.state.protect_from[:, :, None])).sum(2)
+
+    def _protect(self, suffix: Tensor) -> None:
+        """Protects the last `suffix` entries of each segment."""
+        entries = _entries(self.state)
+        position = torch.where(entries, self.state.slot_position[:, None, :].long(), -1)
+        ordered = position.sort(dim=2, descending=True).values
+        index = (torch.minimum(suffix, entries.sum(2)) - 1).clamp(min=0)
+        self.state.protect_from.copy_(ordered.gather(2, index[:, :, None])[:, :, 0])
+
+    def _relayout(self, capacity: Tensor) -> None:
+        """Moves all entries into a new arena with the given segment capacities `[B, L]`, slots in position order."""
+        old = self.state
+        slots = round_slots(int(capacity.sum(1).max()) + 1)
+        start = capacity.cumsum(1) - capacity
+        batch, heads, _, dim = old.key_arena.shape
+        key = old.key_arena.new_zeros((batch, heads, slots, dim))
+        value = torch.zeros_like(key)
+        position = torch.full((batch, slots), -1, dtype=old.slot_position.dtype, device=key.device)
+        entries = _entries(old)
+        length = entries.sum(2)
+        for sample in range(batch):
+            for layer in range(start.shape[1]):
+                source = entries[sample, layer].nonzero()[:, 0]
+                source = source[old.slot_position[sample, source].argsort()]
+                first = int(start[sample, layer])
+                target = slice(first, first + source.shape[0])
+                key[sample, :, target] = old.key_arena[sample, :, source]
+                value[sample, :, target] = old.value_arena[sample, :, source]
+                position[sample, target] = old.slot_position[sample, source]
+        self.state = old._replace(
+            key_arena=key,
+            value_arena=value,
+            slot_position=position,
+            segment_start=start,
+            segment_len=length,
+            next_slot=start + length,
+        )
+
+
+def _entries(state: CompactState) -> Tensor:
+    """Bool `[B, L, T]`: which slots hold an entry of which layer."""
+    slots = state.slot_position.shape[1]
+    index = torch.arange(slots, device=state.slot_position.device)
+    start = state.segment_start
+    following = torch.cat([start[:, 1:], torch.full_like(start[:, :1], slots)], dim=1)
+    inside = (index >= start[:, :, None]) & (index < following[:, :, None])
+    return inside & (state.slot_position >= 0)[:, None, :]
+
+
+def kept_positions(state: CompactState, layer: int, sample: int) -> Tensor:
+    """Sorted int64 positions that layer `layer` of sample `sample` holds."""
+    start = int(state.segment_start[sample, layer])
+    last = layer == state.segment_start.shape[1] - 1
+    end = state.slot_position.shape[1] if last else int(state.segment_start[sample, layer + 1])
+    position = state.slot_position[sample, start:end].long()
+    return position[position >= 0].sort().values

@@ -1,0 +1,113 @@
+"""What a compressed cache holds, for users."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tgvkv_compile.errors import CacheError
+from tgvkv_compile.runtime.compact import CompactCache, kept_positions
+from tgvkv_compile.runtime.logical import LogicalKV
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheReport:
+    """A KV cache as it is now. Numbers are taken when asked for; the report keeps the cache alive.
+
+    Attributes:
+        compressed: False for a cache that was never compressed (a text-only prompt); then everything is kept.
+        num_layers: L.
+        batch_size: B.
+        logical_length: Tokens that the model believes are cached, padding counted.
+        physical_bytes: What keys and values really occupy: the arenas with their growth reserve, and the slot positions.
+        logical_bytes: What the full keys and values would occupy.
+        reserve_bytes: The part of `physical_bytes` that holds no entry now: growth reserve and rounding.
+    """
+
+    compressed: bool
+    num_layers: int
+    batch_size: int
+    logical_length: int
+    physical_bytes: int
+    logical_bytes: int
+    reserve_bytes: int
+    _compact: CompactCache | None = dataclasses.field(repr=False, default=None)
+
+    def kept_positions(self, layer: int, sample: int = 0) -> Tensor:
+        """The positions that later steps can attend to.
+
+        Args:
+            layer: 0 to `num_layers - 1`.
+            sample: 0 to `batch_size - 1`.
+
+        Returns:
+            Sorted int64 `[n]` on the CPU: logical positions of prompt and generated tokens, padding not counted (the
+            first token that is not padding is 0). What the last step evicted is not among them.
+
+        Raises:
+            CacheError: There is no such layer or sample.
+        """
+        for name, value, count in (("layer", layer, self.num_layers), ("sample", sample, self.batch_size)):
+            if not 0 <= value < count:
+                raise CacheError(f"{name}={value} does not exist; the cache has {count} {name}s (0 to {count - 1})")
+        if self._compact is None:
+            return torch.arange(self.logical_length)
+        return kept_positions(self._compact.state, layer, sample).cpu()
+
+    @property
+    def segment_lengths(self) -> Tensor:
+        """int64 `[B, L]` on the CPU: how many entries each layer of each sample holds."""
+        if self._compact is None:
+            return torch.full((self.batch_size, self.num_layers), self.logical_length)
+        return self._compact.state.segment_len.cpu().clone()
+
+
+def inspect_cache(past_key_values: Any) -> CacheReport:
+    """Looks into a KV cache.
+
+    Args:
+        past_key_values: The cache that a compiled model returned (`generate(..., return_dict_in_generate=True)`, or
+            `model(...).past_key_values`): anything with `layers` that have `keys` and `values`.
+
+    Returns:
+        A report on it. A cache that was not compressed gives one that says so.
+
+    Raises:
+        CacheError: It is not a KV cache, or it is empty.
+    """
+    pairs = [
+        (layer.keys, layer.values)
+        for layer in getattr(past_key_values, "layers", ())
+        if getattr(layer, "keys", None) is not None
+    ]
+    if not pairs:
+        raise CacheError(f"inspect_cache() was given {type(past_key_values).__name__}, which holds no keys and values")
+    handles = [key for key, _ in pairs if isinstance(key, LogicalKV)]
+    if not handles:
+        return _dense_report(pairs)
+    compact = handles[0].compact
+    if any(handle.compact is not compact for handle in handles):
+        raise CacheError("the layers of this cache come from different requests")
+    state = compact.state
+    arena, positions = state.key_arena, state.slot_position
+    entry = 2 * arena.shape[1] * arena.shape[3] * arena.element_size()
+    layers = state.segment_start.shape[1]
+    slots = arena.shape[0] * arena.shape[2]
+    return CacheReport(
+        compressed=True,
+        num_layers=layers,
+        batch_size=compact.batch,
+        logical_length=compact.logical_length,
+        physical_bytes=slots * (entry + positions.element_size()),
+        logical_bytes=compact.batch * layers * compact.logical_length * entry,
+        reserve_bytes=(slots - int(state.segment_len.sum())) * (entry + positions.element_size()),
+        _compact=compact,
+    )
+
+
+def _dense_report(pairs: list[tuple[Tensor, Tensor]]) -> CacheReport:
+    tensors = [tensor for pair in pairs for tensor in pair]
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    first = pairs[0][0]
+    return CacheReport(False, len(pairs), first.shape[0], first.shape[2], size, size, 0)
