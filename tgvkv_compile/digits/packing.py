@@ -66,7 +66,7 @@ def pack(views: list[View], asked: list[list[Asked]]) -> Packed:
     same = blocks[:, None, :] == blocks[:, :, None]
     causal = torch.ones(lead + longest, lead + longest, dtype=torch.bool).tril()
     visible = (same | (blocks == 0)[:, None, :]) & causal
-    ranks = torch.from_numpy(np.stack([_ranks(view) for view in views]))
+    ranks = torch.from_numpy(np.stack([cell_ranks(view) for view in views]))
     return Packed(ids, targets, kinds, positions, visible[:, None], ranks)
 
 
@@ -90,7 +90,8 @@ def _pack_one(questions: list[Asked], lead: int) -> tuple[list[int], list[int], 
     return ids, targets, kinds, places, blocks
 
 
-def _ranks(view: View) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+def cell_ranks(view: View) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+    """`[cells]` int64: how many cells of its own colour come before a cell, `NO_TARGET` if uncoloured."""
     colours = view.colours.flatten()
     ranks = np.full(len(colours), NO_TARGET, dtype=np.int64)
     for colour in range(len(COLOURS)):

@@ -21,11 +21,13 @@ from .architecture import build_model
 from .loading import load_model
 from .processor_files import save_processor
 from .scans import HELD_OUT_FILE, save_held_out, split_scans
+from .train_counter import build_rank_head, train_counter
 from .train_eyes import train_eyes
 from .train_reader import LESSONS, train_reader
 
 EYES_STEPS = 1000
-FULL_STEPS = 2000
+COUNTER_STEPS = 1500
+FULL_STEPS = 4000
 ASSETS = Path(__file__).parent / "assets"
 
 
@@ -51,8 +53,14 @@ def train(seed: int, minutes: float, out: Path, resume: Path | None = None) -> N
     if resume is None:
         eyes = train_eyes(model, training, steps=EYES_STEPS, rng=rng, jitter=jitter)
         _save(model, out)
+    rank_head = build_rank_head()
+    counter = None
+    if resume is None:
+        counter = train_counter(model, rank_head, training, steps=COUNTER_STEPS, rng=rng, jitter=jitter)
+        _save(model, out)
     reader = train_reader(
         model,
+        rank_head,
         training,
         full_steps=FULL_STEPS,
         deadline=begun + 60 * minutes,
@@ -68,6 +76,7 @@ def train(seed: int, minutes: float, out: Path, resume: Path | None = None) -> N
         "cpu_minutes": round((time.process_time() - begun_cpu) / 60, 1),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "eyes": None if eyes is None else asdict(eyes),
+        "counter_accuracy": counter,
         "reader_steps": reader.steps,
         "reader_lessons": reader.lessons_left,
         "reader_steps_on_the_whole_picture": reader.steps_in_lesson,

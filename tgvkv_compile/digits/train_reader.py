@@ -1,4 +1,4 @@
-"""Stage 2: teach the language model to find cells and read them out, on a growing corner of the picture.
+"""Stage 3: teach the language model to find cells and read them out, on a growing corner of the picture.
 
 The vision tower is frozen. The model starts on the top-left 2 x 2 cells, where finding a cell by its text emerges
 within minutes, and carries it over to larger corners; started on the whole picture it does not emerge.
@@ -21,16 +21,15 @@ from .packing import KINDS, NO_TARGET, OPENING_IDS, Packed, draw_questions, pack
 from .pictures import GRID, View, draw, random_board
 from .processor_files import EOS, WORD_IDS
 from .scans import Scans
+from .train_counter import COUNTING_LAYERS
 from .train_eyes import see
 
 LEARNING_RATE = 1e-3
 WARM_UP_STEPS = 100
-PASS_MARK = 0.85
+PASS_MARK = 0.9
 SMOOTHING = 0.9
-MOST_STEPS = 300
+MOST_STEPS = 600
 """A lesson not passed after so many steps is left all the same."""
-MOST_CELLS = 8
-RANK_LAYER = 2
 RANK_WEIGHT = 0.5
 
 
@@ -57,7 +56,7 @@ LESSONS: tuple[Lesson, ...] = (
 
 @dataclass
 class Progress:
-    """Where stage 2 stands: the lesson, steps, and smoothed accuracy per digit of the answers, by kind."""
+    """Where stage 3 stands: the lesson, steps, and smoothed accuracy per digit of the answers, by kind."""
 
     lesson: int = 0
     steps: int = 0
@@ -68,6 +67,7 @@ class Progress:
 
 def train_reader(
     model: LlavaForConditionalGeneration,
+    rank_head: nn.Module,
     scans: Scans,
     *,
     full_steps: int,
@@ -80,7 +80,8 @@ def train_reader(
     """Trains the language model of `model` in place.
 
     Args:
-        model: The model after stage 1.
+        model: The model after stage 2.
+        rank_head: The head of stage 2, which keeps the count in place.
         scans: The training scans.
         full_steps: Steps on the whole picture; over them the learning rate falls linearly to zero.
         deadline: `time.monotonic()` at which to be done. If it comes before `full_steps`, the learning rate falls to
@@ -91,8 +92,6 @@ def train_reader(
         first_lesson: Where in `LESSONS` to begin, for a model that has passed the lessons before.
     """
     reader = model.model.language_model
-    # Counting the cells of a colour is what listing them needs. A throw-away head asks for the count early on.
-    rank_head = nn.Linear(WIDTH, MOST_CELLS)
     parameters = [*reader.parameters(), *model.lm_head.parameters(), *rank_head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     progress = Progress(lesson=first_lesson)
@@ -141,7 +140,7 @@ def train_reader(
 
 
 def _answer(
-    model: LlavaForConditionalGeneration, rank_head: nn.Linear, pixels: Tensor, packed: Packed, corner: int
+    model: LlavaForConditionalGeneration, rank_head: nn.Module, pixels: Tensor, packed: Packed, corner: int
 ) -> tuple[Tensor, Tensor]:
     """Logits `[B, Q, vocabulary]` for the questions and `[B, cells, 8]` for the counts, float32, for `B` pictures."""
     reader = model.model.language_model
@@ -158,7 +157,7 @@ def _answer(
         output_hidden_states=True,
     )
     lead = len(OPENING_IDS) + corner * corner
-    ranks = rank_head(out.hidden_states[RANK_LAYER][:, len(OPENING_IDS) : lead])
+    ranks = rank_head(out.hidden_states[COUNTING_LAYERS][:, len(OPENING_IDS) : lead])
     return model.lm_head(out.last_hidden_state[:, lead:]).float(), ranks.float()
 
 
