@@ -47,13 +47,21 @@ def batch_of_two(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize(("budget", "most"), [(0.05, 0.1), (0.2, 0.25)])
-def test_the_cache_holds_the_budget(llava_576: Any, budget: float, most: float, batch: int) -> None:
+@pytest.mark.parametrize(
+    ("budget", "most", "batch", "lowering"),
+    [
+        (0.05, 0.1, 1, "eager"),
+        (0.2, 0.25, 1, "eager"),
+        (0.05, 0.1, 2, "eager"),
+        (0.2, 0.25, 2, "eager"),
+        pytest.param(0.05, 0.1, 2, "inductor", marks=pytest.mark.slow),
+    ],
+)
+def test_the_cache_holds_the_budget(llava_576: Any, budget: float, most: float, batch: int, lowering: Any) -> None:
     model, inputs = llava_576, load_inputs("llava-576")
     if batch == 2:
         inputs = batch_of_two(inputs)
-    model.compile(backend=tgvkv_backend(budget, lowering="eager", growth_reserve=32))
+    model.compile(backend=tgvkv_backend(budget, lowering=lowering, growth_reserve=32))
     prefill(model, inputs)  # compiles
     full = full_bytes(model, inputs["input_ids"].shape[1], batch)
     watch = Watch()
