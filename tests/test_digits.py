@@ -158,6 +158,27 @@ def test_held_out_scans_are_whole() -> None:
     assert set(scans.labels.tolist()) == set(range(10))
 
 
+def test_a_packed_question_tells_the_marks_of_the_cells_it_wants() -> None:
+    scans = load_held_out(model_dir() / HELD_OUT_FILE)
+    rng = np.random.default_rng(13)
+    view = View(random_board(rng, scans, corner=6, cells_per_colour=(1, 4)), 6)
+    asked = draw_questions(rng, view, 12)
+    packed = pack([view], [asked])
+    wanted = {mark: values[0].tolist() for mark, values in packed.wanted.items()}
+    found = []
+    for token, target in enumerate(packed.targets[0].tolist()):
+        if target in (NO_TARGET, WORD_IDS["<eos>"]):
+            assert {values[token] for values in wanted.values()} == {NO_TARGET}
+        elif wanted["row"][token] != NO_TARGET:
+            found.append((wanted["row"][token], wanted["column"][token]))
+            assert wanted["colour"][token] == wanted["rank"][token] == NO_TARGET
+        else:
+            alike = np.argwhere(view.colours == wanted["colour"][token]).tolist()
+            found.append(tuple(alike[wanted["rank"][token]]))
+            assert wanted["row"][token] == wanted["column"][token] == NO_TARGET
+    assert found == [cell for question in asked for cell in question.cells]
+
+
 @needs_sklearn
 def test_held_out_scans_are_not_training_scans() -> None:
     training, held_out = split_scans()

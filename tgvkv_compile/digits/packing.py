@@ -9,6 +9,7 @@ So a packed question is, to the model, the same as a question asked alone; the c
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from .questions import OPENING, Asked, Kind, about_colour, about_place
 NO_TARGET = -100
 OPENING_IDS: tuple[int, ...] = (WORD_IDS[BOS], *word_ids(OPENING))
 KINDS: tuple[Kind, ...] = ("content", "position")
+Mark = Literal["row", "column", "colour", "rank"]
+MARKS: tuple[Mark, ...] = ("row", "column", "colour", "rank")
+"""What tells one cell from all others: two of these do."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,9 @@ class Packed:
         positions: `[B, N]` int64.
         visible: `[B, 1, N, N]` bool, true where a query (third dimension) sees a key (fourth).
         ranks: `[B, cells]` int64, how many cells of its own colour come before a cell, `NO_TARGET` if uncoloured.
+        wanted: `[B, Q]` int64 each: what marks the cell whose digit comes after a token, `NO_TARGET` where none does. Its
+            `row` and `column` for questions by position, its `colour` and `rank` among that colour for those by content.
+        cells: `[B, Q]` int64, which cell of the view that is, `NO_TARGET` where no digit comes after a token.
     """
 
     question_ids: Tensor
@@ -42,6 +49,8 @@ class Packed:
     positions: Tensor
     visible: Tensor
     ranks: Tensor
+    wanted: dict[Mark, Tensor]
+    cells: Tensor
 
 
 def draw_questions(rng: np.random.Generator, view: View, count: int) -> list[Asked]:
@@ -54,11 +63,11 @@ def draw_questions(rng: np.random.Generator, view: View, count: int) -> list[Ask
 def pack(views: list[View], asked: list[list[Asked]]) -> Packed:
     """Packs the questions `asked[b]` about `views[b]`, all of one size; the model sees only the views."""
     lead = len(OPENING_IDS) + views[0].size ** 2
-    rows = [_pack_one(questions, lead) for questions in asked]
-    longest = max(len(ids) for ids, _, _, _, _ in rows)
-    ids, targets, kinds, places, blocks = (
+    rows = [_pack_one(view, questions, lead) for view, questions in zip(views, asked, strict=True)]
+    longest = max(len(row[0]) for row in rows)
+    ids, targets, kinds, places, blocks, cells, *wanted = (
         torch.tensor([row[column] + [padding] * (longest - len(row[column])) for row in rows])
-        for column, padding in enumerate((0, NO_TARGET, 0, lead, -1))
+        for column, padding in enumerate((0, NO_TARGET, 0, lead, -1, NO_TARGET, *[NO_TARGET] * len(MARKS)))
     )
     batch = len(views)
     positions = torch.cat([torch.arange(lead).expand(batch, -1), places], dim=1)
@@ -67,16 +76,18 @@ def pack(views: list[View], asked: list[list[Asked]]) -> Packed:
     causal = torch.ones(lead + longest, lead + longest, dtype=torch.bool).tril()
     visible = (same | (blocks == 0)[:, None, :]) & causal
     ranks = torch.from_numpy(np.stack([cell_ranks(view) for view in views]))
-    return Packed(ids, targets, kinds, positions, visible[:, None], ranks)
+    return Packed(ids, targets, kinds, positions, visible[:, None], ranks, dict(zip(MARKS, wanted, strict=True)), cells)
 
 
-def _pack_one(questions: list[Asked], lead: int) -> tuple[list[int], list[int], list[int], list[int], list[int]]:
-    """Ids, targets, kinds, positions and block numbers (from 1) of one picture's questions, end to end."""
+def _pack_one(view: View, questions: list[Asked], lead: int) -> list[list[int]]:
+    """Ids, targets, kinds, positions, block numbers (from 1), cells and `MARKS` of one picture's questions, end to end."""
     ids: list[int] = []
     targets: list[int] = []
     kinds: list[int] = []
     places: list[int] = []
     blocks: list[int] = []
+    cells: list[int] = []
+    wanted: dict[Mark, list[int]] = {mark: [] for mark in MARKS}
     for block, question in enumerate(questions, start=1):
         words = word_ids(question.words)
         answer = [*word_ids(question.answer), WORD_IDS[EOS]]
@@ -87,7 +98,22 @@ def _pack_one(questions: list[Asked], lead: int) -> tuple[list[int], list[int], 
         kinds += [KINDS.index(question.kind)] * len(one)
         places += range(lead, lead + len(one))
         blocks += [block] * len(one)
-    return ids, targets, kinds, places, blocks
+        silent, end = [NO_TARGET] * (len(words) - 1), [NO_TARGET]
+        cells += silent + [row * view.size + column for row, column in question.cells] + end
+        marks = _marks(view, question)
+        for mark in MARKS:
+            wanted[mark] += silent + marks.get(mark, [NO_TARGET] * len(question.cells)) + end
+    return [ids, targets, kinds, places, blocks, cells, *wanted.values()]
+
+
+def _marks(view: View, question: Asked) -> dict[Mark, list[int]]:
+    """What marks each cell of the answer, in the terms of the question."""
+    if question.kind == "position":
+        return {"row": [row for row, _ in question.cells], "column": [column for _, column in question.cells]}
+    return {
+        "colour": [int(view.colours[cell]) for cell in question.cells],
+        "rank": list(range(len(question.cells))),
+    }
 
 
 def cell_ranks(view: View) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:

@@ -27,7 +27,7 @@ from .train_reader import LESSONS, train_reader
 
 EYES_STEPS = 1000
 COUNTER_STEPS = 1500
-FULL_STEPS = 4000
+FULL_STEPS = 2000
 ASSETS = Path(__file__).parent / "assets"
 
 

@@ -30,6 +30,8 @@ from .scans import Scans
 PICTURES_PER_STEP = 8
 LEARNING_RATE = 2e-3
 WARM_UP_STEPS = 50
+FEATURE_RMS = 4.0
+"""Size at which image tokens and words enter the language model: its fresh layers write 5 to 15 on top."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def train_eyes(
 ) -> EyesReport:
     """Trains the vision tower and the projector of `model` in place.
 
-    Then scales the features to unit RMS, and gives the words for what is seen their embeddings.
+    Then scales the features to `FEATURE_RMS`, and gives the words for what is seen their embeddings.
 
     Args:
         model: The fresh model.
@@ -112,7 +114,7 @@ def train_eyes(
                 flush=True,
             )
     _name_what_is_seen(model, heads)
-    _scale_to_unit_rms(model, draw(scans, [random_board(rng, scans) for _ in range(PICTURES_PER_STEP)], jitter=jitter))
+    _scale_features(model, draw(scans, [random_board(rng, scans) for _ in range(PICTURES_PER_STEP)], jitter=jitter))
     return EyesReport(len(history), time.monotonic() - begun, _mean(history[-50:]))
 
 
@@ -122,16 +124,16 @@ def _crowded_board(rng: np.random.Generator, scans: Scans) -> Board:
 
 
 @torch.no_grad()
-def _scale_to_unit_rms(model: LlavaForConditionalGeneration, pixels: Tensor) -> None:
-    """Folds a scale into the projector, so that image tokens enter the language model at the size its layers write."""
-    scale = see(model, pixels).pow(2).mean().sqrt()
+def _scale_features(model: LlavaForConditionalGeneration, pixels: Tensor) -> None:
+    """Folds a scale into the projector, so that what a cell shows is not drowned by what the layers write."""
+    scale = see(model, pixels).pow(2).mean().sqrt() / FEATURE_RMS
     model.model.multi_modal_projector.linear_2.weight.div_(scale)
     model.model.multi_modal_projector.linear_2.bias.div_(scale)
 
 
 @torch.no_grad()
 def _name_what_is_seen(model: LlavaForConditionalGeneration, heads: nn.ParameterDict) -> None:
-    """Embeds the words for digits, rows, columns and colours as their heads' directions, at unit RMS."""
+    """Embeds the words for digits, rows, columns and colours as their heads' directions, the others at random."""
     words = {
         "digit": [str(digit) for digit in range(10)],
         "row": [f"r{row}" for row in range(GRID)],
@@ -139,8 +141,9 @@ def _name_what_is_seen(model: LlavaForConditionalGeneration, heads: nn.Parameter
         "colour": list(COLOUR_NAMES),
     }
     embedding = model.model.language_model.embed_tokens.weight
+    embedding.normal_(std=FEATURE_RMS)
     for kind, names in words.items():
-        directions = functional.rms_norm(heads[kind], (WIDTH,))
+        directions = functional.rms_norm(heads[kind], (WIDTH,)) * FEATURE_RMS
         for name, direction in zip(names, directions, strict=False):  # the last colour is none, and has no word
             embedding[WORD_IDS[name]] = direction
 
