@@ -1,12 +1,15 @@
 """What the backend needs of dynamo: flags, and how to read where dynamo broke a graph."""
 
+import contextlib
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+
+from tgvkv_compile.fx.private import symbolic_shapes_config
 
 log = logging.getLogger("tgvkv_compile")
 
@@ -32,10 +35,34 @@ def flags() -> dict[str, Any]:
     }
 
 
+def symbolic_flags() -> dict[str, Any]:
+    """Flags of symbolic shapes that the same takes on older releases.
+
+    - `soft_pending_unbacked_not_found_error`, before torch 2.13: dynamo puts the token count check into the graph whole
+      there (`torch._check_tensor_all`) and takes the symbol that its fake run leaves behind for an error.
+    """
+    return {} if torch.__version__ >= "2.13" else {"soft_pending_unbacked_not_found_error": True}
+
+
+def _all_flags() -> tuple[tuple[Any, dict[str, Any]], ...]:
+    return (torch._dynamo.config, flags()), (symbolic_shapes_config, symbolic_flags())
+
+
 def configure() -> None:
-    """Sets the `flags`, process-wide: dynamo gives a backend no way to scope them to a call."""
-    for name, value in flags().items():
-        setattr(torch._dynamo.config, name, value)
+    """Sets the flags, process-wide: dynamo gives a backend no way to scope them to a call."""
+    for config, chosen in _all_flags():
+        for name, value in chosen.items():
+            setattr(config, name, value)
+
+
+@contextlib.contextmanager
+def configured() -> Iterator[None]:
+    """The flags are set within, and as they were afterwards."""
+    with contextlib.ExitStack() as stack:
+        for config, chosen in _all_flags():
+            if chosen:
+                stack.enter_context(config.patch(chosen))
+        yield
 
 
 def compile_apart(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:

@@ -169,8 +169,7 @@ def explain(model: torch.nn.Module, inputs: Mapping[str, Any], budget: float | i
     if not isinstance(model, torch.nn.Module):
         raise ConfigError(f"model is a {type(model).__name__}; give a torch.nn.Module, such as a transformers model")
     finder = _Finder(record)
-    flags = torch._dynamo.config.patch(**dynamo.flags()) if record.configure_dynamo else contextlib.nullcontext()
-    with torch.no_grad(), flags:
+    with torch.no_grad(), dynamo.configured() if record.configure_dynamo else contextlib.nullcontext():
         dynamo.compile_apart(model._call_impl, finder)(**inputs)
     graphs = tuple(finder.graphs)
     if not any(graph.sites or graph.missed for graph in graphs):

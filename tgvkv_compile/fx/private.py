@@ -1,10 +1,11 @@
 """All private torch imports of the package, in one place.
 
-Checked on torch 2.13.0. Each name says what it is used for:
+Checked on torch 2.11.0 and 2.13.0. Each name says what it is used for:
 
 - `FakeTensorMode`, `ShapeEnv`, `DimDynamic`, `ConstantSource`: a shape environment of our own (`fx.environment`).
 - `trace_structured`: graphs in `TORCH_TRACE` (`fx.dump`).
 - `enable_python_dispatcher`: some operators decompose for symbolic sizes only with it.
+- `symbolic_shapes_config`: a flag that torch before 2.13 needs (`backend.dynamo`).
 - `GraphCompileReason` is what dynamo puts on a graph module as `compile_subgraph_reason`.
 """
 
@@ -13,6 +14,7 @@ from torch._dynamo.output_graph import GraphCompileReason
 from torch._dynamo.source import ConstantSource
 from torch._logging._internal import trace_structured
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental import _config as symbolic_shapes_config
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 __all__ = [
@@ -22,5 +24,6 @@ __all__ = [
     "GraphCompileReason",
     "ShapeEnv",
     "enable_python_dispatcher",
+    "symbolic_shapes_config",
     "trace_structured",
 ]
