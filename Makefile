@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+# Most tests run models so small that a second thread only waits, so tests run side by side.
+TEST_JOBS ?= 2
 TRAIN_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -34,7 +36,7 @@ demo: $(STAMP) ## Run the demonstration: a small vision-language model, full KV 
 	$(BIN)/tgvkv demo
 
 test: $(STAMP) ## Run every test (PYTEST_ARGS='-m "not slow"' leaves out the long ones)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses $(TEST_JOBS) --dist worksteal $(PYTEST_ARGS)
 
 check: $(STAMP) ## Lint, formatting, types, import contracts
 	$(BIN)/ruff check
