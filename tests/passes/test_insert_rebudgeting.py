@@ -142,12 +142,47 @@ def test_no_handle_is_left() -> None:
     gm, inputs, _ = captured()
     result = rewritten(gm, inputs, compressed=pasts(gm))
     assert pasts(gm) and not pasts(result.gm)
-    widths = {node.meta["example_value"].shape[2] for node in output_nodes(result.gm)[1:5]}
-    assert PAST + NEW not in widths and len(widths) == 2  # each layer's own
+    sites = result.plan.sites
+    widths = {str(output_nodes(result.gm)[append.output].meta["example_value"].shape[2]) for append in _appends(sites)}
+    assert len(widths) == 2 and str(PAST + NEW) not in widths  # each layer's own
+
+
+def _appends(sites: Any) -> list[Any]:
+    return [append for site in sites for append in (site.key, site.value)]
 
 
 def test_golden() -> None:
     gm, inputs, _ = captured(layers=1)
     result = rewritten(gm, inputs, compressed=pasts(gm))
-    assert_expected_inline(render(result.gm), """\
-""")  # fmt: skip
+    assert_expected_inline(
+        render(result.gm),
+        """\
+%tgvkv_history : bool[2, 9] = placeholder
+%tgvkv_lengths : i64[2] = placeholder
+%tgvkv_keep_rate : f32[2, 1] = placeholder
+%tgvkv_key_0 : f32[2, 2, sym, 4] = placeholder
+%tgvkv_value_0 : f32[2, 2, sym, 4] = placeholder
+%tgvkv_positions_0 : i64[2, sym] = placeholder
+%tgvkv_vision : bool[2, 19] = vision_positions((%unsqueeze))
+%tgvkv_new : Roles = turn_roles(%tgvkv_vision, %l_mask_, %tgvkv_lengths)
+%tgvkv_roles_0 : Roles = candidate_roles(%tgvkv_history, %tgvkv_positions_0, %tgvkv_new)
+%tgvkv_mask_0 : bool[2, 1, 19, sym] = candidate_mask(%l_mask_, %tgvkv_positions_0, %tgvkv_vision)
+%tgvkv_keys_0 : f32[2, 2, sym, 4] = join_candidates(%tgvkv_key_0, %k)
+%tgvkv_values_0 : f32[2, 2, sym, 4] = join_candidates(%tgvkv_value_0, %v)
+%tgvkv_attention_0 : tuple = scaled_dot_product_attention_with_lse(%q, %tgvkv_keys_0, %tgvkv_values_0, %tgvkv_mask_0, False, 0.5)
+%tgvkv_output_0 : f32[2, 4, 19, 4] = getitem(%tgvkv_attention_0, 0)
+%tgvkv_lse_0 : f32[2, 4, 19] = getitem(%tgvkv_attention_0, 1)
+%tgvkv_scores_0 : tuple = prefill_scores(%q, %tgvkv_keys_0, %tgvkv_roles_0, %tgvkv_mask_0, False, 0.5, %tgvkv_lse_0)
+%tgvkv_mass_0 : f32[2] = getitem(%tgvkv_scores_0, 0)
+%tgvkv_score_0 : f32[2, sym] = getitem(%tgvkv_scores_0, 1)
+%tgvkv_budgets : Allocation = allocate_again((%tgvkv_mass_0), (%tgvkv_roles_0), %tgvkv_history, %tgvkv_new, %tgvkv_keep_rate, budget=0.4, budget_of='all', budgeting='tvb', decode='ratio', sink_tokens=4)
+%tgvkv_kept : i64[2, 1] = getitem(%tgvkv_budgets, 0)
+%tgvkv_rate : f32[2, 1] = getitem(%tgvkv_budgets, 1)
+%tgvkv_kept_0 : i64[2] = of_layer(%tgvkv_kept, 0)
+%tgvkv_keep_0 : bool[2, sym] = retain(%tgvkv_score_0, %tgvkv_roles_0, %tgvkv_kept_0, sink_tokens=4)
+%tgvkv_at_0 : i64[2, sym] = getitem(%tgvkv_roles_0, 3)
+%tgvkv_protected : i64[2, 1] = protected_from((%tgvkv_keep_0), (%tgvkv_roles_0))
+%tgvkv_lengths_next : i64[2] = getitem(%tgvkv_new, 4)
+%tgvkv_valid : bool[2, 19] = getitem(%tgvkv_new, 0)
+%tgvkv_seen : bool[2, 28] = extend_history(%tgvkv_history, %tgvkv_new)""",
+    )

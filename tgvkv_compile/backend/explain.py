@@ -25,7 +25,7 @@ from tgvkv_compile.runtime.logical import LogicalKV
 _LATER: dict[GraphKind, str] = {
     "decode": "append one token to the compressed cache, and evict at most one entry per layer",
     "continuation": "append a later turn to the compressed cache: all its tokens are kept, nothing is evicted",
-    "vision_continuation": "share the budget out again over what the compressed cache still holds and a later turn with new vision",
+    "vision_continuation": "share the budget out again over what the compressed cache still holds and the new tokens",
 }
 
 

@@ -132,7 +132,8 @@ class Oracle:
         for layer, kept in enumerate(self.kept):
             positions = torch.tensor([*kept, *range(total, total + count)])
             # `R` and the last position are the whole prompt's: no text before the new vision is in the question.
-            roles = Roles(*(part[:, positions] for part in everything[:4]), everything.lengths)
+            valid, vision_there, asking, there = (part[:, positions] for part in everything[:4])
+            roles = Roles(valid, vision_there, asking, there, everything.lengths)
             paid = attention[layer].mean(0) if attention[layer].dim() == 3 else attention[layer]
             sees = torch.cat([torch.ones(count, len(kept), dtype=torch.bool), visible], dim=1)
             mass, score = scores_from_attention(paid.unsqueeze(0), sees.unsqueeze(0), roles)

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -80,8 +79,11 @@ def insert_survivors(
     return dataclasses.replace(plan, sites=tuple(sites)), Candidates(new, tuple(roles), history, keep_rate, pasts)
 
 
-def _insert_survivors(gm: GraphModule, layer: int, survivors: Survivors) -> Survivors:
-    """The inputs' nodes, in a `Survivors`."""
-    fields = zip(Survivors._fields, survivors, strict=True)
-    nodes: Any = [insert_placeholder(gm, f"tgvkv_{name}_{layer}", value) for name, value in fields]
-    return Survivors(*nodes)
+def _insert_survivors(gm: GraphModule, layer: int, survivors: Survivors) -> tuple[Node, Node, Node]:
+    """The inputs' nodes, in the order of `Survivors`."""
+    key, value, positions = zip(Survivors._fields, survivors, strict=True)
+    return _input(gm, layer, *key), _input(gm, layer, *value), _input(gm, layer, *positions)
+
+
+def _input(gm: GraphModule, layer: int, name: str, value: Tensor) -> Node:
+    return insert_placeholder(gm, f"tgvkv_{name}_{layer}", value)
