@@ -63,7 +63,7 @@ class Conversation:
 
     def crop(self, length: int) -> "Conversation":
         """Takes back all columns from `length` on."""
-        self.cache.crop(length)
+        self.cache.crop(length - self.mask.shape[1])  # how many to remove, negative: newer releases take nothing else
         self.session.crop(length)
         self.mask = self.mask[:, :length]
         self._compare_kept()
