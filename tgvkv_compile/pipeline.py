@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from tgvkv_compile.config import EvictionConfig
@@ -15,7 +16,7 @@ from tgvkv_compile.fx.dump import Dumper
 from tgvkv_compile.fx.environment import Environment
 from tgvkv_compile.fx.meta import fake_tensor
 from tgvkv_compile.fx.verify import verify
-from tgvkv_compile.ops.state import CompactState
+from tgvkv_compile.ops.state import CompactState, Survivors
 from tgvkv_compile.passes.extract_vision_count import extract_vision_count
 from tgvkv_compile.passes.find_appends import find_appends
 from tgvkv_compile.passes.find_attention import find_attention
@@ -24,8 +25,10 @@ from tgvkv_compile.passes.insert_budgeting import insert_budgeting
 from tgvkv_compile.passes.insert_continuation import insert_continuation
 from tgvkv_compile.passes.insert_decode import insert_decode
 from tgvkv_compile.passes.insert_eviction import insert_eviction
+from tgvkv_compile.passes.insert_rebudgeting import insert_rebudgeting
 from tgvkv_compile.passes.insert_scoring import insert_scoring
-from tgvkv_compile.passes.inserted import Budgets, Scores
+from tgvkv_compile.passes.insert_survivors import insert_survivors
+from tgvkv_compile.passes.inserted import Budgets, Candidates, Scores
 from tgvkv_compile.passes.normalise_attention import normalise_attention
 from tgvkv_compile.passes.plan_graph import plan_graph
 from tgvkv_compile.plan import AttentionSite, GraphKind, KVAppend, Miss, ModalityMask, Plan
@@ -43,7 +46,7 @@ class Rewrite:
         slots_hint: Gives T of the example call.
         arena_slots: What it gave, for the steps that size an arena.
         vision_count: Counts each sample's vision tokens, `[B]`, from the graph's inputs (`budget_of="vision"` only).
-        scores, budgets: What inserters left for those after them.
+        scores, budgets, candidates: What inserters left for those after them.
     """
 
     gm: GraphModule
@@ -56,6 +59,7 @@ class Rewrite:
     vision_count: GraphModule | None = None
     scores: Scores | None = None
     budgets: Budgets | None = None
+    candidates: Candidates | None = None
 
     def pending(self) -> frozenset[Node]:
         """Inserted nodes that no node may use yet."""
@@ -63,6 +67,8 @@ class Rewrite:
         nodes = [site.lse for site in self.plan.sites if site.lse is not None]
         nodes += [scores.roles, *scores.mass, *scores.score] if scores is not None else []
         nodes += [budgets.allocation] if budgets is not None else []
+        if self.candidates is not None:
+            nodes += [*self.candidates.roles, *(site.mask for site in self.plan.sites if site.mask is not None)]
         return frozenset(nodes)
 
 
@@ -98,6 +104,15 @@ def _continue(rewrite: Rewrite) -> None:
     insert_continuation(rewrite.gm, rewrite.plan, fake_state(rewrite))
 
 
+def _survive(rewrite: Rewrite) -> None:
+    rewrite.plan, rewrite.candidates = insert_survivors(rewrite.gm, rewrite.plan, *_fake_survivors(rewrite))
+
+
+def _rebudget(rewrite: Rewrite) -> None:
+    assert rewrite.candidates is not None
+    insert_rebudgeting(rewrite.gm, rewrite.plan, rewrite.candidates, rewrite.config)
+
+
 @dataclasses.dataclass(frozen=True)
 class Step:
     """One inserter: its name (for `stop_after` and dumps), the kinds of graph it is for, and what it does.
@@ -114,12 +129,19 @@ class Step:
 
 STEPS: tuple[Step, ...] = (
     Step("extract_vision_count", frozenset({"prefill"}), _count_vision),
-    Step("normalise_attention", frozenset({"prefill"}), _normalise),
+    Step("insert_survivors", frozenset({"vision_continuation"}), _survive, sizes_arena=True),
+    Step("normalise_attention", frozenset({"prefill", "vision_continuation"}), _normalise),
     Step("insert_scoring", frozenset({"prefill"}), _score, requires=("normalise_attention",)),
     Step("insert_budgeting", frozenset({"prefill"}), _budget, requires=("insert_scoring",)),
     Step("insert_eviction", frozenset({"prefill"}), _evict, requires=("insert_budgeting",), sizes_arena=True),
     Step("insert_decode", frozenset({"decode"}), _decode, sizes_arena=True),
     Step("insert_continuation", frozenset({"continuation"}), _continue, sizes_arena=True),
+    Step(
+        "insert_rebudgeting",
+        frozenset({"vision_continuation"}),
+        _rebudget,
+        requires=("insert_survivors", "normalise_attention"),
+    ),
 )
 
 
@@ -253,3 +275,23 @@ def fake_state(rewrite: Rewrite) -> CompactState:
         env.tensor(per_layer, torch.float32, device),
         env.tensor((batch,), torch.int64, device),
     )
+
+
+def _fake_survivors(rewrite: Rewrite) -> tuple[tuple[Tensor, ...], list[Survivors]]:
+    """Fake inputs of a turn with new vision: what all layers share, and every layer's survivors, each of its own width."""
+    env, layers = rewrite.environment, rewrite.plan.num_layers
+    append = rewrite.plan.sites[0].key
+    assert append.past is not None
+    past = fake_tensor(append.past)
+    (batch, heads, length, dim), dtype, device = past.shape, past.dtype, past.device
+    shared = (
+        env.tensor((batch, length), torch.bool, device),
+        env.tensor((batch,), torch.int64, device),
+        env.tensor((batch, layers), torch.float32, device),
+    )
+    survivors = []
+    for layer in range(layers):
+        width = env.symbol(f"tgvkv_width_{layer}", max(2, rewrite.arena_slots // layers))
+        key, value = (env.tensor((batch, heads, width, dim), dtype, device) for _ in range(2))
+        survivors.append(Survivors(key, value, env.tensor((batch, width), torch.int64, device)))
+    return shared, survivors

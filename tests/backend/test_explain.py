@@ -8,11 +8,11 @@ import torch
 import tgvkv_compile
 from tests.backend.tiny import LENGTH, prefill, prompt, text_prompt, tiny_llava
 from tests.passes.decoder import Decoder, Layer, SlidingLayer, features, returned, softcapped, tokens, written_out
-from tests.runtime.requests import compiled, handles, step
+from tests.runtime.requests import compiled, handles, kept, step
 from tests.runtime.requests import prefill as toy_prefill
 from tgvkv_compile import explain
 from tgvkv_compile.backend.explain import Explanation
-from tgvkv_compile.errors import CacheError, ConfigError, NoAttentionError, SplitDecoderError, UnsupportedGraphError
+from tgvkv_compile.errors import ConfigError, NoAttentionError, SplitDecoderError, UnsupportedGraphError
 from tgvkv_compile.lower import lowered
 from tgvkv_compile.runtime.logical import LogicalKV
 
@@ -208,10 +208,23 @@ def test_gradients_are_not_asked_for() -> None:
     assert torch.is_grad_enabled()
 
 
-def test_a_compressed_cache_is_refused() -> None:
-    caches = toy_prefill(compiled())
-    with pytest.raises(CacheError):
-        explain(Decoder(), {"ids": tokens()[:, :1], "past": caches})
+@pytest.mark.parametrize(
+    ("count", "picture", "kind", "plan"),
+    [
+        (1, False, "decode", "append one token"),
+        (5, False, "continuation", "all its tokens are kept"),
+        (19, True, "vision_continuation", "share the budget out again over what the compressed cache still holds"),
+    ],
+)
+def test_a_later_turn_is_explained(count: int, picture: bool, kind: str, plan: str) -> None:
+    model = compiled()
+    caches = toy_prefill(model)
+    before = kept(caches)
+    report = explain(model, {"ids": tokens()[:, :count], "features": features() if picture else None, "past": caches})
+    assert [graph.kind for graph in report.graphs] == [kind] and report.problems == () and report.capacity is None
+    assert plan in report.plan
+    assert kept(caches) == before
+    step(model, caches)
 
 
 def test_what_is_not_a_model() -> None:

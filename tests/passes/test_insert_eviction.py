@@ -111,5 +111,6 @@ def test_golden() -> None:
 %tgvkv_out_2 : i32[1, sym] = getitem(%tgvkv_arena_0, 2)
 %tgvkv_out_4 : i64[1, 1] = getitem(%tgvkv_state, 0)
 %tgvkv_out_5 : i64[1, 1] = getitem(%tgvkv_state, 1)
-%tgvkv_out_6 : i64[1, 1] = getitem(%tgvkv_state, 2)""",
+%tgvkv_out_6 : i64[1, 1] = getitem(%tgvkv_state, 2)
+%tgvkv_history : bool[1, 19] = vision_history(%tgvkv_roles)""",
     )

@@ -70,11 +70,13 @@ def test_an_unknown_form_is_named() -> None:
     assert [miss.target for miss in plan.misses] == ["tanh", "tanh"]
 
 
-def test_a_new_picture_on_a_cache_is_a_miss() -> None:
-    for compressed in (True, False):
-        mask = causal(1, 19, past=7)
-        plan, _ = planned(Decoder(masked), tokens(), features(), full_cache(7), mask, compressed=compressed)
-        assert plan.kind == "dense" and "start a new cache for a new picture" in plan.misses[0].reason
+def test_a_new_picture_on_a_cache() -> None:
+    call = (tokens(), features(), full_cache(7), causal(1, 19, past=7))
+    plan, _ = planned(Decoder(masked), *call, compressed=True)
+    assert (plan.kind, plan.num_layers, plan.misses) == ("vision_continuation", 2, ())
+    assert plan.modality is not None
+    plan, _ = planned(Decoder(masked), *call)
+    assert plan.kind == "dense" and "on an uncompressed cache that is in use; start a new cache" in plan.misses[0].reason
 
 
 def test_half_a_compressed_cache_is_a_miss() -> None:

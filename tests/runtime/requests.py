@@ -33,6 +33,15 @@ def step(model: Decoder, caches: Pairs, token: int = 3) -> tuple[Tensor, Pairs]:
     return logits[:, -1], after
 
 
+@torch.no_grad()
+def turn(model: Decoder, caches: Pairs, *, picture: bool, count: int = 5) -> tuple[Tensor, Pairs]:
+    """Logits `[B, vocabulary]` of a later turn: `count` text tokens, or the prompt of `prefill` once more."""
+    batch = caches[0][0].shape[0]
+    ids = tokens(batch) if picture else tokens(batch)[:, :count]
+    logits, after = model(ids, features(batch) if picture else None, caches)
+    return logits[:, -1], after
+
+
 def handles(caches: Pairs) -> list[LogicalKV]:
     flat = [tensor for pair in caches for tensor in pair]
     assert all(isinstance(handle, LogicalKV) for handle in flat)

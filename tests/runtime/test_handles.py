@@ -42,7 +42,14 @@ def make_cache(batch: int = 3) -> CompactCache:
         torch.full((batch,), LENGTH),
     )
     identity = CacheIdentity(1, 2, 2)
-    return CompactCache(state, config=EvictionConfig(), identity=identity, logical_length=LENGTH, reserve=4, room=4)
+    return in_cache(state, identity, LENGTH)
+
+
+def in_cache(state: CompactState, identity: CacheIdentity, length: int) -> CompactCache:
+    history = torch.zeros(state.lengths.shape[0], length, dtype=torch.bool)
+    return CompactCache(
+        state, config=EvictionConfig(), identity=identity, history=history, logical_length=length, reserve=4, room=4
+    )
 
 
 @pytest.fixture
@@ -156,7 +163,7 @@ def test_no_scalar_comes_out_of_one_element(name: str) -> None:
     """A handle of a single element is what `.item()` and `float()` would accept."""
     state = make_cache(1).state
     narrow = state._replace(key_arena=state.key_arena[:, :1, :, :1], value_arena=state.value_arena[:, :1, :, :1])
-    cache = CompactCache(narrow, config=EvictionConfig(), identity=CacheIdentity(1, 2, 2), logical_length=1, reserve=4, room=4)
+    cache = in_cache(narrow, CacheIdentity(1, 2, 2), 1)
     one = make_handle(cache, 0, "value")
     assert one.numel() == 1
     with pytest.raises(CacheError):

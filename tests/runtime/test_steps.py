@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from tests.passes.decoder import Decoder, features, tokens
-from tests.runtime.requests import Pairs, compiled, handles, in_cache, kept, pairs, prefill, step
+from tests.runtime.requests import Pairs, compiled, handles, in_cache, kept, pairs, prefill, step, turn
 from tgvkv_compile.errors import CacheError, StaleCacheError, UnsupportedGraphError
+from tgvkv_compile.runtime import compact as runtime_compact
 
 STEPS = 14
 
@@ -47,6 +48,68 @@ def test_growth_changes_nothing(decode: str) -> None:
         assert compact.reserve > reserve  # it did grow
         if decode == "keep":
             assert len(arenas) > 1
+
+
+def conversation(model: Decoder, caches: Pairs) -> tuple[list[torch.Tensor], Pairs]:
+    """Logits of steps, a text, steps, a picture, steps."""
+    rows: list[torch.Tensor] = []
+    for part in (3, False, 3, True, 4):
+        if isinstance(part, bool):
+            row, caches = turn(model, caches, picture=part)
+            rows.append(row)
+            continue
+        for token in range(part):
+            row, caches = step(model, caches, token=token)
+            rows.append(row)
+    return rows, caches
+
+
+def test_the_reserve_runs_out_at_every_step_of_a_conversation() -> None:
+    large = compiled(0.4, growth_reserve=64)
+    expected, after = conversation(large, prefill(large, 2))
+    model = compiled(0.4, growth_reserve=1)  # so it grows all the time
+    start = prefill(model, 2)
+    for room in (None, *range(6)):
+        caches = copy.deepcopy(start)
+        compact = handles(caches)[0].compact
+        if room is not None:
+            compact._relayout(compact._capacity(room))  # not a slot more than `room` steps need
+            compact.room, compact.reserve = room, 3
+        slots = compact.state.key_arena.shape[2]
+        rows, caches = conversation(model, caches)
+        for row, wanted in zip(rows, expected, strict=True):
+            torch.testing.assert_close(row, wanted, rtol=1e-4, atol=1e-4)
+        assert kept(caches) == kept(after)
+        assert handles(caches)[0].compact.state.key_arena.shape[2] > slots
+
+
+def test_a_picture_turn_that_fails_leaves_the_cache_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = compiled(0.4)
+    caches = prefill(model, 2)
+    expected, _ = turn(model, copy.deepcopy(caches), picture=True)
+    before = kept(caches)
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime_compact, "evict_into", lambda *_: (_ for _ in ()).throw(MemoryError("no memory left")))
+        with pytest.raises(MemoryError):
+            turn(model, caches, picture=True)
+    assert kept(caches) == before
+    got, _ = turn(model, caches, picture=True)
+    torch.testing.assert_close(got, expected)
+
+
+def test_pictures_of_reordered_samples_are_told_apart() -> None:
+    """Which positions are vision goes along with a sample."""
+    model = compiled(0.4)
+    caches = prefill(model, 2)
+    history = handles(caches)[0].compact.history
+    assert history.nonzero()[:, 1].tolist() == [*range(6, 14)] * 2
+    history[1] = False  # as if the second sample had none, so that the two differ
+    cache = in_cache(caches)
+    cache.reorder_cache(torch.tensor([1, 0, 1]))
+    turned = handles(pairs(cache))[0].compact
+    assert turned.history.any(1).tolist() == [False, True, False]
+    cache.crop(-10)
+    assert handles(pairs(cache))[0].compact.history.nonzero().tolist() == [[1, 6], [1, 7], [1, 8]]
 
 
 def test_a_full_budget_is_the_uncompressed_model_through_all_growth() -> None:

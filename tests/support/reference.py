@@ -65,7 +65,8 @@ class Session:
         """Prompt, next token or next turn; gives the logits of the last token, `[B, vocabulary]`.
 
         Args:
-            inputs: `input_ids`, `attention_mask` (over all that was put in so far) and, at first, `pixel_values`.
+            inputs: `input_ids`, `attention_mask` (over all that was put in so far) and, where there are pictures,
+                `pixel_values`. A later call of several tokens is a turn; it may be padded on the left.
         """
         self._valid = inputs["attention_mask"].bool()
         first = self._cache is None
@@ -84,8 +85,7 @@ class Session:
         elif not self.dense and count == 1:
             self._decode()
         elif not self.dense:
-            for oracle in self._all_oracles():
-                oracle.extend(count)
+            self._turn(inputs["input_ids"] == self._image_token)
         self.calls += 1
         return output.logits[:, -1].float()
 
@@ -145,6 +145,31 @@ class Session:
             self._twins.append((oracles[1], oracles[2]))
             self._compare(sample)
 
+    def _turn(self, vision: Tensor) -> None:
+        count = vision.shape[1]
+        for sample, oracle in enumerate(self._oracles):
+            new = self._valid[sample, -count:]
+            columns = self._valid.shape[1] - count + new.nonzero()[:, 0]
+            attention = []
+            for layer, paid in sorted(self._attention.items()):
+                seen = torch.cat([self._columns(sample, oracle.kept[layer]), columns])
+                attention.append(paid[sample].mean(0)[new][:, seen])
+            oracle.extend_with_vision(attention, vision[sample, new])
+            if self.fragile[sample] is None:  # else they have parted already
+                for twin, sign in zip(self._twins[sample], (1, -1), strict=True):
+                    twin.extend_with_vision([_disturbed(paid, sign) for paid in attention], vision[sample, new])
+            self._compare(sample)
+
+    def crop(self, length: int) -> None:
+        """Takes tokens back, as `DynamicCache.crop` does."""
+        padding = (~self._valid).sum(1).tolist()
+        for layer in self._cache.layers:
+            layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
+        self._valid = self._valid[:, :length]
+        for sample, oracle in enumerate(self._oracles):
+            for other in (oracle, *self._twins[sample]):
+                other.crop(length - padding[sample])
+
     def _decode(self) -> None:
         for sample, oracle in enumerate(self._oracles):
             for layer, attention in self._attention.items():
@@ -161,9 +186,6 @@ class Session:
         same = all(twin.kept == self._oracles[sample].kept for twin in self._twins[sample])
         if not same and self.fragile[sample] is None:
             self.fragile[sample] = self.calls
-
-    def _all_oracles(self) -> list[Oracle]:
-        return [*self._oracles, *(twin for twins in self._twins for twin in twins)]
 
 
 def _disturbed(attention: Tensor, sign: int) -> Tensor:
@@ -208,12 +230,25 @@ def reference(
 
 
 def reference_turn(
-    trace: ReferenceTrace, question: Tensor, steps: int, *, forced: Sequence[Tensor] | None = None
+    trace: ReferenceTrace,
+    question: Tensor | dict[str, Tensor],
+    steps: int,
+    *,
+    forced: Sequence[Tensor] | None = None,
+    keep: int | None = None,
 ) -> ReferenceTrace:
-    """A further text on a copy of the session of `trace`."""
-    mask = torch.cat([trace.mask, torch.ones_like(question)], dim=1)
-    turn = ReferenceTrace(mask=mask, session=copy.deepcopy(trace.session), masses=trace.masses)
-    _go_on(turn, {"input_ids": question}, steps, forced)
+    """A further turn on a copy of the session of `trace`: a text, or inputs of its own (left padding and pictures too).
+
+    With `keep` the cache is cropped to so many columns before.
+    """
+    inputs = question if isinstance(question, dict) else {"input_ids": question}
+    session, mask = copy.deepcopy(trace.session), trace.mask
+    if keep is not None:
+        session.crop(keep)
+        mask = mask[:, :keep]
+    mask = torch.cat([mask, inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))], dim=1)
+    turn = ReferenceTrace(mask=mask, session=session, masses=trace.masses)
+    _go_on(turn, inputs, steps, forced)
     return turn
 
 

@@ -92,19 +92,23 @@ def run(
 
 
 @torch.no_grad()
-def second_turn(model: Any, cache: Any, mask: Tensor, question: Tensor, steps: int, **options: Any) -> Trace:
-    """A further text, all of it at once, on a cache that is in use; then `steps` decode steps.
+def second_turn(
+    model: Any, cache: Any, mask: Tensor, question: Tensor | dict[str, Tensor], steps: int, **options: Any
+) -> Trace:
+    """A further turn, all of it at once, on a cache that is in use; then `steps` decode steps.
 
     Args:
         model: Called directly.
         cache: The cache.
         mask: `[B, S]`, what is in it.
-        question: `[B, Q]` tokens.
+        question: `[B, Q]` tokens, or inputs of the turn: `input_ids`, its `attention_mask` and `pixel_values`.
         steps: How many.
         **options: Of `run`.
     """
-    trace = Trace(cache=cache, mask=torch.cat([mask, torch.ones_like(question)], dim=1))
-    return _go_on(model, trace, {"input_ids": question}, steps, **options)
+    inputs = question if isinstance(question, dict) else {"input_ids": question}
+    new = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+    trace = Trace(cache=cache, mask=torch.cat([mask, new], dim=1))
+    return _go_on(model, trace, inputs, steps, **options)
 
 
 def _go_on(

@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 from tgvkv_compile.backend import dynamo
 from tgvkv_compile.backend.options import GROWTH_RESERVE, BackendOptions, read_options
 from tgvkv_compile.backend.programs import CachedProgram, PrefillProgram, Refusal, fewest_vision, key_weight
+from tgvkv_compile.backend.vision_turn import VisionContinuationProgram
 from tgvkv_compile.config import (
     SINK_TOKENS,
     Budgeting,
@@ -163,7 +164,8 @@ class TgvkvBackend:
         position = {node.name: index for index, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
         appends = [append for site in plan.sites for append in (site.key, site.value)]
         pasts = [position[append.past.name] for append in appends if append.past is not None]
-        return CachedProgram(rewrite, options, id(self), weight, pasts)
+        program = VisionContinuationProgram if plan.kind == "vision_continuation" else CachedProgram
+        return program(rewrite, options, id(self), weight, pasts)
 
     def _dense(self, gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         options = self.options

@@ -1,6 +1,7 @@
 """What the backend would do with a model: a run under dynamo that finds and plans, and compiles nothing."""
 
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -19,6 +20,13 @@ from tgvkv_compile.fx.targets import op_kind, target_name
 from tgvkv_compile.ops.budgeting import kept_bound
 from tgvkv_compile.pipeline import find_all, plan_found, rewrite_graph
 from tgvkv_compile.plan import AttentionSite, GraphKind, Miss, Plan
+from tgvkv_compile.runtime.logical import LogicalKV
+
+_LATER: dict[GraphKind, str] = {
+    "decode": "append one token to the compressed cache, and evict at most one entry per layer",
+    "continuation": "append a later turn to the compressed cache: all its tokens are kept, nothing is evicted",
+    "vision_continuation": "share the budget out again over what the compressed cache still holds and the new tokens",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +139,9 @@ class Explanation:
             return "the decoder cannot be rewritten; the backend would raise " + type(self.problems[0]).__name__
         if self.capacity is not None:
             return f"compress the KV of {self.capacity.num_layers} layers when the prompt is read, and evict while decoding"
+        later = [_LATER[graph.kind] for graph in self.graphs if graph.kind in _LATER]
+        if later:
+            return later[0]
         return "the prompt is text-only (no vision features are merged): it would run dense, nothing is evicted"
 
     def __str__(self) -> str:
@@ -152,7 +163,7 @@ def explain(model: torch.nn.Module, inputs: Mapping[str, Any], budget: float | i
     """Runs a model's forward once, uncompiled, and tells what the backend would find, miss and do.
 
     The model stays as it is, compiled or not, and so do dynamo's flags: with `configure_dynamo=True` (the default) they are
-    set for the run only.
+    set for the run only. So does a `past_key_values` among the inputs; a compressed one tells what a later turn would do.
 
     Args:
         model: A transformers vision-language model; it may be compiled.
@@ -168,6 +179,8 @@ def explain(model: torch.nn.Module, inputs: Mapping[str, Any], budget: float | i
     model = getattr(model, "_orig_mod", model)  # wrapped by torch.compile(model)
     if not isinstance(model, torch.nn.Module):
         raise ConfigError(f"model is a {type(model).__name__}; give a torch.nn.Module, such as a transformers model")
+    if inputs.get("past_key_values") is not None:
+        inputs = {**inputs, "past_key_values": copy.deepcopy(inputs["past_key_values"])}
     finder = _Finder(record)
     with torch.no_grad(), dynamo.configured() if record.configure_dynamo else contextlib.nullcontext():
         dynamo.compile_apart(model._call_impl, finder)(**inputs)
@@ -178,7 +191,9 @@ def explain(model: torch.nn.Module, inputs: Mapping[str, Any], budget: float | i
 
 
 class _Finder:
-    """A backend that looks at each graph and lets it run as it is."""
+    """A backend that looks at each graph and lets it run as it is, on zeros where a compressed cache has no data to read."""
+
+    takes_handles = True
 
     def __init__(self, options: BackendOptions) -> None:
         self.options = options
@@ -187,7 +202,8 @@ class _Finder:
 
     def __call__(self, gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         found = find_all(gm)
-        plan = plan_found(found, frozenset())
+        placeholders = zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)
+        plan = plan_found(found, frozenset(node.name for node, value in placeholders if isinstance(value, LogicalKV)))
         problem = problem_of(gm, plan)
         reason = dynamo.graph_break(gm)
         report = GraphReport(
@@ -202,7 +218,12 @@ class _Finder:
         self.graphs.append(report)
         if plan.kind == "prefill" and problem is None:
             self.capacity = _capacity(gm, inputs, plan, self.options)
-        return gm.forward
+        return lambda *values: gm.forward(*(_readable(value) for value in values))
+
+
+def _readable(value: Any) -> Any:
+    """Zeros in the place of a handle; what they lead to is thrown away."""
+    return torch.zeros(value.shape, dtype=value.dtype, device=value.device) if isinstance(value, LogicalKV) else value
 
 
 def _site_report(layer: int, site: AttentionSite) -> SiteReport:

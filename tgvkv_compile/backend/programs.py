@@ -89,6 +89,16 @@ def key_weight(plan: Plan, gm: GraphModule) -> int | None:
     return None
 
 
+def check_padding(valid: Tensor) -> None:
+    """Raises [`PaddingError`][] where a sample is padded on the right; `valid` is bool `[B, N]`."""
+    if not bool(valid[:, -1].all()):
+        sample = int((~valid[:, -1]).nonzero()[0, 0])
+        raise PaddingError(
+            f"sample {sample} of the batch is padded on the right; set tokenizer.padding_side = 'left' "
+            "(processor.tokenizer.padding_side = 'left') and tokenize again"
+        )
+
+
 class PrefillProgram:
     """Runs a rewritten prefill and wraps its compact state into a cache and handles."""
 
@@ -99,7 +109,7 @@ class PrefillProgram:
         self._options, self._backend, self._weight = options, backend, weight
         self._layers = plan.num_layers
         self._slots = [(site.key.output, site.value.output) for site in plan.sites]
-        self._outputs = len(output_nodes(first.gm)) - len(CompactState._fields) - 2
+        self._outputs = len(output_nodes(first.gm)) - len(CompactState._fields) - 3
         self._length = size_reader(first.gm, fake_tensor(plan.sites[0].key.node).shape[2])
         self._vision_count = first.vision_count
 
@@ -116,18 +126,15 @@ class PrefillProgram:
             num_vision=fewest_vision(self._vision_count, inputs),
         )
         results = self._compiled([*inputs, slots])
-        outputs, state, (room, valid) = results[: self._outputs], results[self._outputs : -2], results[-2:]
-        if valid is not None and not bool(valid[:, -1].all()):
-            sample = int((~valid[:, -1]).nonzero()[0, 0])
-            raise PaddingError(
-                f"sample {sample} of the batch is padded on the right; set tokenizer.padding_side = 'left' "
-                "(processor.tokenizer.padding_side = 'left') and tokenize again"
-            )
+        outputs, state, (history, room, valid) = results[: self._outputs], results[self._outputs : -3], results[-3:]
+        if valid is not None:
+            check_padding(valid)
         weight = inputs[self._weight].data_ptr() if self._weight is not None else 0
         compact = CompactCache(
             CompactState(*state),
             config=options.eviction,
             identity=CacheIdentity(self._backend, weight, self._layers),
+            history=history,
             logical_length=length,
             reserve=options.growth_reserve,
             # Only where some samples are shorter can there be less room than asked for; then reading it costs no stall
@@ -175,8 +182,6 @@ class CachedProgram:
         self._pasts = pasts  # key and value of each layer, by turns
         self._dropped = frozenset(pasts)
         self._padded = plan.kind == "continuation" and plan.sites[0].mask is not None
-        kept = [index for index in range(_count_inputs(first, pasts)) if index not in self._dropped]
-        self._kept = kept
         reader = size_reader(first.gm, fake_tensor(plan.sites[0].query).shape[2])
         self._tokens: Callable[[Sequence[Any]], int] = reader
 
@@ -184,7 +189,7 @@ class CachedProgram:
         """Inputs and outputs as dynamo's graph has them, with handles one step longer."""
         check_gradients(inputs)
         compact = self._compact(inputs)
-        rest = [inputs[index] for index in self._kept]
+        rest = self._rest(inputs)
         tokens = self._tokens([*rest, *compact.state])
         compact.ensure_room(tokens, appended=self._kind == "continuation")
         compact.broken = f"a {self._kind} step failed half-way"
@@ -196,6 +201,10 @@ class CachedProgram:
             outputs[key] = make_handle(compact, layer, "key")
             outputs[value] = make_handle(compact, layer, "value")
         return outputs
+
+    def _rest(self, inputs: Sequence[Any]) -> list[Any]:
+        """The inputs without handles."""
+        return [value for index, value in enumerate(inputs) if index not in self._dropped]
 
     def _compact(self, inputs: Sequence[Any]) -> CompactCache:
         handles = [inputs[index] for index in self._pasts]
@@ -235,7 +244,3 @@ class CachedProgram:
                 "this KV cache was made by another model (the weights of its first layer are not this model's); give each "
                 "model the caches that it made itself"
             )
-
-
-def _count_inputs(rewrite: Rewrite, pasts: list[int]) -> int:
-    return len(rewrite.gm.graph.find_nodes(op="placeholder")) - len(CompactState._fields) + len(pasts)

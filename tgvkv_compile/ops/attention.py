@@ -15,15 +15,15 @@ def scaled_dot_product_attention_with_lse(
     Elsewhere, or where that kernel does not apply, it calls `scaled_dot_product_attention`, and the log-sum-exp is not known.
 
     Args:
-        query: `[B, H, N, D]`.
-        key: `[B, Hkv, N, D]`.
-        value: `[B, Hkv, N, D]`.
-        attn_mask: `[B | 1, 1 | H, N, N]`, bool or additive, or None.
+        query: `[B, H, Q, D]`.
+        key: `[B, Hkv, S, D]`; `S` is `Q` in a prefill.
+        value: `[B, Hkv, S, D]`.
+        attn_mask: `[B | 1, 1 | H, Q, S]`, bool or additive, or None.
         is_causal: As there.
         scale: As there.
 
     Returns:
-        `(output [B, H, N, D], lse float32 [B, H, N] or None)`.
+        `(output [B, H, Q, D], lse float32 [B, H, Q] or None)`.
     """
     groups = query.shape[1] // key.shape[1]
     flash = query.device.type == "cpu" and query.dtype in _FLASH_CPU_DTYPES and query.shape[3] == value.shape[3]

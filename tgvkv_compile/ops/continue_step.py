@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tgvkv_compile.ops.graph_masks import valid_columns, visible
+from tgvkv_compile.ops.graph_masks import valid_columns, visible_among_new
 from tgvkv_compile.ops.segments import attend, segment_window
 from tgvkv_compile.ops.state import CompactState
 
@@ -31,7 +31,7 @@ def _continue_step(
 ) -> Tensor:
     batch, _, count, _ = query.shape
     device = query.device
-    among_new = _visible_among_new(mask, batch, count, device)  # [B, Q, Q]
+    among_new = visible_among_new(mask, batch, count, device)  # [B, Q, Q]
     valid = among_new[:, -1]  # [B, Q]
     rank = valid.long().cumsum(1) - 1
     start, length = segment_start[:, layer], segment_len[:, layer]
@@ -60,15 +60,6 @@ def _continue_step(
     next_slot[:, layer] = start + grown
     protect_from[:, layer] = lengths
     return output
-
-
-def _visible_among_new(mask: Tensor | None, batch: int, count: int, device: torch.device) -> Tensor:
-    """Bool `[B, Q, Q]`: which new tokens each new token sees; causal where the model gives no mask."""
-    if mask is None:
-        causal = torch.ones((count, count), dtype=torch.bool, device=device).tril()
-        return causal.expand(batch, count, count)
-    new = visible(mask[:, 0, :, mask.shape[3] - count :])
-    return new.expand(batch, count, count)
 
 
 @_continue_step.register_fake

@@ -32,6 +32,25 @@ def valid_columns(mask: Tensor, like: Tensor) -> Tensor:
     return last.expand(like.shape[0], last.shape[1])
 
 
+def visible_among_new(mask: Tensor | None, batch: int, count: int, device: torch.device) -> Tensor:
+    """Which tokens of a later turn each token of it sees.
+
+    Args:
+        mask: `[B|1, 1|H, Q, S]`, bool or additive float, the new tokens last; None is causal.
+        batch: B.
+        count: Q.
+        device: Of the result.
+
+    Returns:
+        bool `[B, Q, Q]`.
+    """
+    if mask is None:
+        causal = torch.ones((count, count), dtype=torch.bool, device=device).tril()
+        return causal.expand(batch, count, count)
+    new = visible(mask[:, 0, :, mask.shape[3] - count :])
+    return new.expand(batch, count, count)
+
+
 def vision_positions(masks: tuple[Tensor, ...]) -> Tensor:
     """The union of the merge masks.
 

@@ -4,6 +4,8 @@ It is made of the functions that the compiled graphs are made of, but follows th
 `docs/algorithm.md`, Decode 3, literally.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.ops.budgeting import allocate
 from tgvkv_compile.ops.decoding import choose_eviction
 from tgvkv_compile.ops.retention import retain
-from tgvkv_compile.ops.roles import token_roles, vision_count
+from tgvkv_compile.ops.roles import Roles, token_roles, vision_count
 from tgvkv_compile.ops.scoring import scores_from_attention
 
 
@@ -34,6 +36,7 @@ class Oracle:
         self.suffix: list[int] = []
         self.mass = torch.empty(0)
         self.rate = torch.empty(0)
+        self._vision: list[bool] = []  # of every position that a prompt or turn brought; what follows is text
         self._totals: list[int] = []  # N + t, per layer
         self._protected: list[list[int]] = []  # the list of Decode 3, as far as it exists
         self._generated: list[int] = []  # t, since prefill or the last continuation
@@ -64,6 +67,7 @@ class Oracle:
         self.kept = [_indices(keep[0]) for keep in keeps]
         self._protected = [[position for position in kept if question[position]] for kept in self.kept]
         self.suffix = [len(protected) for protected in self._protected]
+        self._vision = vision.tolist()
         self._totals = [length] * len(self.kept)
         self._generated = [0] * len(self.kept)
 
@@ -106,6 +110,61 @@ class Oracle:
             self._totals[layer] = total + count
             self._generated[layer] = 0
             self.suffix[layer] = count
+
+    def extend_with_vision(self, attention: Sequence[Tensor], vision: Tensor, visible: Tensor | None = None) -> None:
+        """Takes a continuation with new vision in: budgeting runs again over survivors and new tokens.
+
+        Args:
+            attention: Per layer `[H, Q, W + Q]` or `[Q, W + Q]` float32 probabilities of the `Q` new tokens on the `W`
+                positions that the layer keeps and on each other.
+            vision: `[Q]` bool.
+            visible: `[Q, Q]` bool, new row sees new column; causal by default.
+        """
+        count = vision.shape[0]
+        if not bool(vision.any()):
+            return self.extend(count)
+        total = self._totals[0]
+        self._vision += [False] * (total - len(self._vision)) + vision.tolist()
+        if visible is None:
+            visible = torch.ones(count, count, dtype=torch.bool).tril()
+        everything = token_roles(torch.tensor([self._vision]), None)  # as if this were one prompt; what is gone as well
+        masses, scores, candidates = [], [], []
+        for layer, kept in enumerate(self.kept):
+            positions = torch.tensor([*kept, *range(total, total + count)])
+            # `R` and the last position are the whole prompt's: no text before the new vision is in the question.
+            valid, vision_there, asking, there = (part[:, positions] for part in everything[:4])
+            roles = Roles(valid, vision_there, asking, there, everything.lengths)
+            paid = attention[layer].mean(0) if attention[layer].dim() == 3 else attention[layer]
+            sees = torch.cat([torch.ones(count, len(kept), dtype=torch.bool), visible], dim=1)
+            mass, score = scores_from_attention(paid.unsqueeze(0), sees.unsqueeze(0), roles)
+            masses.append(mass)
+            scores.append(score)
+            candidates.append(roles)
+        numbers = vision_count(everything, config=self.config)
+        allocation = allocate(torch.stack(masses, dim=1), everything.lengths, numbers, config=self.config)
+        question = everything.question[0].tolist()
+        for layer, (score, roles) in enumerate(zip(scores, candidates, strict=True)):
+            number = allocation.kept[:, layer].clamp(max=roles.positions.shape[1])
+            keep = retain(score, roles, number, sink_tokens=self.config.sink_tokens)
+            self.kept[layer] = roles.positions[keep].tolist()
+            self._protected[layer] = [position for position in self.kept[layer] if question[position]]
+            self.suffix[layer] = len(self._protected[layer])
+            self._totals[layer] = total + count
+            self._generated[layer] = 0
+        self.mass, self.rate = torch.cat(masses), allocation.rate[0]
+
+    def crop(self, length: int) -> None:
+        """Takes the tokens at positions `length` (at least 1) and later back; what was evicted meanwhile stays evicted.
+
+        The rates stay, and so does the size of the protected suffix, as far as there are entries.
+        """
+        for layer, kept in enumerate(self.kept):
+            self.kept[layer] = [position for position in kept if position < length]
+            self._protected[layer] = self.kept[layer][-self.suffix[layer] :]
+            self.suffix[layer] = len(self._protected[layer])
+            self._totals[layer] = min(self._totals[layer], length)
+            self._generated[layer] = 0
+        self._vision = self._vision[:length]
 
 
 def _indices(mask: Tensor) -> list[int]:

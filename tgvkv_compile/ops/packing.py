@@ -137,9 +137,11 @@ def open_segments(keeps: tuple[Tensor, ...], roles: Roles, starts: Tensor) -> Bo
     Returns:
         Lengths, next slots and the first protected positions (the first kept token of `R`; algorithm, Decode 3).
     """
-    keep = torch.stack(keeps, dim=1)  # [B, L, N]
-    length = keep.sum(2)
-    protected = keep & roles.question[:, None, :]
-    far = torch.iinfo(torch.int64).max
-    first = torch.where(protected, roles.positions[:, None, :], far).amin(2)
+    length = torch.stack([keep.sum(1) for keep in keeps], dim=1)
+    first = torch.stack([first_protected(keep, roles) for keep in keeps], dim=1)
     return Bookkeeping(length, starts + length, first)
+
+
+def first_protected(keep: Tensor, roles: Roles) -> Tensor:
+    """`[B]` int64: the first kept position of `R`, where the protected suffix begins (algorithm, Decode 3)."""
+    return torch.where(keep & roles.question, roles.positions, torch.iinfo(torch.int64).max).amin(1)

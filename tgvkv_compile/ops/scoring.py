@@ -88,7 +88,7 @@ def _question_weights(sums: _Sums, question: Tensor) -> Tensor:
 
 
 def _vision_scores(attention: Tensor, weights: Tensor) -> Tensor:
-    """`sum_j u_j * A[j, :]` over a block of rows: `attention [B, R, S]`, `weights [B, R]` -> `[B, S]`."""
+    """`sum_j u_j * A[j, :]` over a block of rows: `attention [B, R, S]`, `weights [B, R]` of the rows -> `[B, S]`."""
     return (attention * weights.unsqueeze(2)).sum(1)
 
 
@@ -103,19 +103,22 @@ def scores_from_attention(attention: Tensor, visible: Tensor, roles: Roles) -> t
     """Text-vision mass and token scores from materialised attention (`docs/algorithm.md`, Prefill 1, 3, 4).
 
     "`i >= j`" of the formulas is "`i` sees `j`" here, which is the same for causal attention and right for the others.
+    The `R` rows are the queries of the last `R` columns: all of a prompt (`R` is `S` is `N`), or the new tokens of a later
+    turn behind what the cache still holds.
 
     Args:
-        attention: `[B, N, N]` float32, probabilities averaged over query heads.
-        visible: `[B | 1, N, N]` bool, query row sees key column.
-        roles: Of the `N` tokens.
+        attention: `[B, R, S]` float32, probabilities averaged over query heads.
+        visible: `[B | 1, R, S]` bool, query row sees key column.
+        roles: Of the `S` columns.
 
     Returns:
         mass: `[B]` float32, `m_l`.
-        score: `[B, N]` float32, `s_t` at text, `s_v` at vision, 0 at padding.
+        score: `[B, S]` float32, `s_t` at text, `s_v` at vision, 0 at padding.
     """
     attention = attention.masked_fill(~visible, 0.0)
-    sums = _column_sums(attention, visible, roles.valid, roles.question)
-    vision_scores = _vision_scores(attention, _question_weights(sums, roles.question))
+    rows = slice(attention.shape[2] - attention.shape[1], None)
+    sums = _column_sums(attention, visible, roles.valid[:, rows], roles.question[:, rows])
+    vision_scores = _vision_scores(attention, _question_weights(sums, roles.question)[:, rows])
     return _finish(sums, vision_scores, roles.vision, roles.valid)
 
 
@@ -149,7 +152,7 @@ def _first_question(question: Tensor) -> int:
 
 
 class _Prompt(NamedTuple):
-    """What one call of the op scores: the arguments of [`prefill_scores`][], the roles as three masks."""
+    """What one call of the op scores: the arguments of [`prefill_scores`][], the roles as three masks of the columns."""
 
     q: Tensor
     k: Tensor
@@ -160,6 +163,10 @@ class _Prompt(NamedTuple):
     is_causal: bool
     scale: float
     lse: Tensor | None
+
+    def of_rows(self, columns: Tensor) -> Tensor:
+        """The part of `columns` `[B, S]` that stands for the rows: the last `R`."""
+        return columns[:, columns.shape[1] - self.q.shape[2] :]
 
     def attention(self, start: int, end: int, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Head-mean attention and visibility of rows `start … end - 1`, both `[B, R, C]`.
@@ -182,15 +189,16 @@ class _Prompt(NamedTuple):
 
 
 def _text_received(prompt: _Prompt) -> Tensor:
-    """`s_t` at text `[B, N]` where the normaliser is known: all rows, but only the columns of text."""
+    """`s_t` at text `[B, S]` where the normaliser is known: all rows, but only the columns of text."""
     columns = (prompt.valid & ~prompt.vision).any(0).nonzero()[:, 0]
     received = torch.zeros(prompt.valid.shape, dtype=torch.float32, device=prompt.q.device)
-    length = received.shape[1]
+    length = prompt.q.shape[2]
+    valid_rows = prompt.of_rows(prompt.valid)
     block = _block_rows(prompt.q, columns.shape[0])
     for start in range(0, length, block):
         end = min(start + block, length)
         attention, _ = prompt.attention(start, end, columns)
-        received[:, columns] += (attention * prompt.valid[:, start:end, None]).sum(1)
+        received[:, columns] += (attention * valid_rows[:, start:end, None]).sum(1)
     return received
 
 
@@ -206,27 +214,28 @@ def _prefill_scores(
     scale: float,
     lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """[`scores_from_attention`][] of `q [B, H, N, D]` and `k [B, Hkv, N, D]`, a block of rows at a time.
+    """[`scores_from_attention`][] of `q [B, H, R, D]` and `k [B, Hkv, S, D]`, a block of rows at a time.
 
     Without `lse` every row is normalised anew, which takes all rows and columns. With it, only the question's rows and
     the columns of text are looked at.
     """
     prompt = _Prompt(q, k.to(torch.float32), vision, valid, question, attn_mask, is_causal, scale, lse)
-    batch, _, length, _ = q.shape
-    block = _block_rows(q, length)
-    asking = range(_first_question(question), length, block)
-    total = _Sums(*torch.zeros((3, batch, length), dtype=torch.float32, device=q.device).unbind())
+    (batch, _, length, _), columns = q.shape, k.shape[2]
+    block = _block_rows(q, columns)
+    valid_rows, question_rows = prompt.of_rows(valid), prompt.of_rows(question)
+    asking = range(_first_question(question_rows), length, block)
+    total = _Sums(*torch.zeros((3, batch, columns), dtype=torch.float32, device=q.device).unbind())
     for start in range(0, length, block) if lse is None else asking:
         attention, visible = prompt.attention(start, min(start + block, length))
         rows = slice(start, start + attention.shape[1])
-        part = _column_sums(attention, visible, valid[:, rows], question[:, rows])
+        part = _column_sums(attention, visible, valid_rows[:, rows], question_rows[:, rows])
         for accumulated, added in zip(total, part, strict=True):
             accumulated[:, : added.shape[1]] += added
     if lse is not None:
         total = total._replace(received=_text_received(prompt))
 
-    weights = _question_weights(total, question)
-    vision_scores = torch.zeros_like(weights)
+    weights = prompt.of_rows(_question_weights(total, question))
+    vision_scores = torch.zeros_like(total.received)
     for start in asking:
         attention, _ = prompt.attention(start, min(start + block, length))
         rows = slice(start, start + attention.shape[1])
@@ -235,9 +244,9 @@ def _prefill_scores(
 
 
 @_prefill_scores.register_fake
-def _(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     mass = q.new_empty((q.shape[0],), dtype=torch.float32)
-    return mass, q.new_empty((q.shape[0], q.shape[2]), dtype=torch.float32)
+    return mass, q.new_empty((q.shape[0], k.shape[2]), dtype=torch.float32)
 
 
 def prefill_scores(
@@ -251,22 +260,22 @@ def prefill_scores(
 ) -> tuple[Tensor, Tensor]:
     """Text-vision mass and token scores of one layer, without ever holding `N x N` attention.
 
-    Calls the opaque op `tgvkv::prefill_scores`.
+    Calls the opaque op `tgvkv::prefill_scores`. The rows are the queries of the last `R` columns: `R` is `S` in a prefill.
 
     Args:
-        q: `[B, H, N, D]`, any floating dtype; the maths is float32.
-        k: `[B, Hkv, N, D]`, any floating dtype.
-        roles: Of the `N` tokens; padding is neither seen nor counted, whatever the mask says.
-        attn_mask: `[B | 1, 1 | H, N, N]`, bool (True is visible) or additive (visible where above half of the lowest
+        q: `[B, H, R, D]`, any floating dtype; the maths is float32.
+        k: `[B, Hkv, S, D]`, any floating dtype.
+        roles: Of the `S` columns; padding is neither seen nor counted, whatever the mask says.
+        attn_mask: `[B | 1, 1 | H, R, S]`, bool (True is visible) or additive (visible where above half of the lowest
             finite value); None if there is none.
-        is_causal: Whether rows see no later column, besides what the mask says.
+        is_causal: Whether rows see no later column, besides what the mask says; only where `R` is `S`.
         scale: The factor on the logits.
-        lse: `[B, H, N]` float32, the log-sum-exp of each row's visible logits, where attention gives it
+        lse: `[B, H, R]` float32, the log-sum-exp of each row's visible logits, where attention gives it
             (`ops.attention`): then only question rows and text columns are computed.
 
     Returns:
         mass: `[B]` float32, `m_l`.
-        score: `[B, N]` float32, as [`scores_from_attention`][].
+        score: `[B, S]` float32, as [`scores_from_attention`][].
     """
     result = torch.ops.tgvkv.prefill_scores(q, k, roles.vision, roles.valid, roles.question, attn_mask, is_causal, scale, lse)
     return cast(tuple[Tensor, Tensor], result)

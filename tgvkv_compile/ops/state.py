@@ -30,3 +30,37 @@ class CompactState(NamedTuple):
     protect_from: Tensor
     keep_rate: Tensor
     lengths: Tensor
+
+
+class Reselected(NamedTuple):
+    """What a turn with new vision decides, at the end of its outputs, in this order.
+
+    Attributes:
+        kept: int64 `[B, L]`, how many candidates each layer keeps.
+        keep_rate: float32 `[B, L]`, `r_l` from now on.
+        protect_from: int64 `[B, L]`, first position of the protected suffix.
+        lengths: int64 `[B]`, tokens of the sample so far, this turn's included.
+        valid: bool `[B, Q]`, which of the turn's tokens are not padding.
+        history: bool `[B, P + Q]`, which positions are vision.
+    """
+
+    kept: Tensor
+    keep_rate: Tensor
+    protect_from: Tensor
+    lengths: Tensor
+    valid: Tensor
+    history: Tensor
+
+
+class Survivors(NamedTuple):
+    """What one layer still holds, in position order, as a turn with new vision takes it in.
+
+    Attributes:
+        key: `[B, Hkv, W, D]`.
+        value: `[B, Hkv, W, D]`.
+        positions: int64 `[B, W]`, -1 where a sample holds fewer than `W`.
+    """
+
+    key: Tensor
+    value: Tensor
+    positions: Tensor

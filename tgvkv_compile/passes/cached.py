@@ -1,4 +1,4 @@
-"""What decode and continuation share: the compact state comes in, the past goes out."""
+"""What the graphs on a compact cache share: its state comes in, the past goes out."""
 
 from typing import Any
 
@@ -42,11 +42,24 @@ def close(gm: GraphModule, plan: Plan, state: CompactState, mask: Node | None) -
     with gm.graph.inserting_before(gm.graph.output_node()):
         lengths = insert_call(gm, advance_lengths, state.lengths, mask, plan.sites[0].key.new, name="tgvkv_lengths_next")
     gm.graph.output_node().args = ((*outputs, lengths),)
+    drop_pasts(gm, past_inputs(plan))
+
+
+def past_inputs(plan: Plan) -> tuple[Node, ...]:
+    """The inputs that hold the past: of every layer the keys, then the values."""
+    pasts = [append.past for site in plan.sites for append in (site.key, site.value)]
+    return tuple(past for past in pasts if past is not None)
+
+
+def drop_pasts(gm: GraphModule, pasts: tuple[Node, ...]) -> None:
+    """Removes the inputs that held the past.
+
+    Raises:
+        InternalError: Something still reads one.
+    """
     remove_dead(gm)
-    for site in plan.sites:
-        for append in (site.key, site.value):
-            assert append.past is not None
-            if append.past.users:
-                users = ", ".join(f"%{user.name}" for user in append.past.users)
-                raise InternalError(f"the past %{append.past.name} is still read by {users}")
-            gm.graph.erase_node(append.past)
+    for past in pasts:
+        if past.users:
+            users = ", ".join(f"%{user.name}" for user in past.users)
+            raise InternalError(f"the past %{past.name} is still read by {users}")
+        gm.graph.erase_node(past)

@@ -10,6 +10,7 @@ from tgvkv_compile.fx.insert import insert_call, insert_item, insert_placeholder
 from tgvkv_compile.fx.meta import output_nodes
 from tgvkv_compile.ops import packing
 from tgvkv_compile.ops.retention import retain
+from tgvkv_compile.ops.turns import vision_history
 from tgvkv_compile.passes.inserted import Budgets, Scores
 from tgvkv_compile.plan import Plan
 
@@ -32,11 +33,12 @@ def insert_eviction(
         %tgvkv_keep_l  : b8[B, N]      = retain(%tgvkv_score_l, %tgvkv_roles, kept[:, l])
         %tgvkv_arena_l : Arena         = evict_into(%tgvkv_arena_{l-1}, %keys_l, %values_l, %tgvkv_keep_l, ...)
         %tgvkv_state   : Bookkeeping   = open_segments((%tgvkv_keep_0, ...), %tgvkv_roles, %tgvkv_starts)
-        return (None, None, ..., %logits, <CompactState>, %tgvkv_room, %tgvkv_valid or None)
+        %tgvkv_history : b8[B, N]      = vision_history(%tgvkv_roles)
+        return (None, None, ..., %logits, <CompactState>, %tgvkv_history, %tgvkv_room, %tgvkv_valid or None)
 
     Requires: `insert_budgeting` ran. Ensures: no output holds KV of the full length; the outputs keep their places,
-    with None where KV was, followed by the nine tensors of `CompactState`, the decode steps that there
-    is room for, and the validity of the prompt's columns.
+    with None where KV was, followed by the nine tensors of `CompactState`, which positions are vision (for later turns), the
+    decode steps that there is room for, and the validity of the prompt's columns.
 
     Args:
         gm: The graph.
@@ -73,9 +75,10 @@ def insert_eviction(
         state.append(starts)
         state += [call.item(opened, index, f"tgvkv_out_{index + 4}") for index in range(3)]
         state += [rate, lengths]
+        history = call(vision_history, scores.roles, name="tgvkv_history")
     for site in plan.sites:
         outputs[site.key.output] = outputs[site.value.output] = None
-    gm.graph.output_node().args = ((*outputs, *state, room, scores.valid),)
+    gm.graph.output_node().args = ((*outputs, *state, history, room, scores.valid),)
 
 
 class _Caller:

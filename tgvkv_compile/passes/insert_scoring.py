@@ -39,6 +39,21 @@ def insert_scoring(gm: GraphModule, plan: Plan) -> Scores:
         if first.mask is not None:
             valid = insert_call(gm, valid_columns, first.mask, first.query, name="tgvkv_valid")
         roles = insert_call(gm, token_roles, vision, valid, name="tgvkv_roles")
+    masses, scores = score_layers(gm, plan, (roles,) * plan.num_layers)
+    return Scores(roles, valid, masses, scores)
+
+
+def score_layers(gm: GraphModule, plan: Plan, roles: tuple[Node, ...]) -> tuple[tuple[Node, ...], tuple[Node, ...]]:
+    """Adds `prefill_scores` beside the attention of every layer.
+
+    Args:
+        gm: The graph.
+        plan: Its plan, attention normalised.
+        roles: Of the columns of each layer's keys.
+
+    Returns:
+        `(mass, score)` per layer: `f32[B]`, `f32[B, S]`.
+    """
     masses, scores = [], []
     for layer, site in enumerate(plan.sites):
         with gm.graph.inserting_after(site.lse or site.node):
@@ -47,7 +62,7 @@ def insert_scoring(gm: GraphModule, plan: Plan) -> Scores:
                 prefill_scores,
                 site.query,
                 site.key.node,
-                roles,
+                roles[layer],
                 site.mask,
                 site.is_causal,
                 site.scale,
@@ -58,4 +73,4 @@ def insert_scoring(gm: GraphModule, plan: Plan) -> Scores:
             masses.append(insert_item(gm, both, 0, name=f"tgvkv_mass_{layer}"))
         with gm.graph.inserting_after(masses[-1]):
             scores.append(insert_item(gm, both, 1, name=f"tgvkv_score_{layer}"))
-    return Scores(roles, valid, tuple(masses), tuple(scores))
+    return tuple(masses), tuple(scores)

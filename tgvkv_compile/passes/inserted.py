@@ -16,6 +16,25 @@ class Scores:
 
 
 @dataclasses.dataclass(frozen=True)
+class Candidates:
+    """From `insert_survivors`: what a turn with new vision chooses from.
+
+    Attributes:
+        new: `Roles` of the new tokens.
+        roles: `Roles` of each layer's candidates: its survivors, then the new tokens.
+        history: b8[B, P], which positions before this turn are vision.
+        keep_rate: f32[B, L], before this turn.
+        pasts: The inputs that held the past, which nothing reads once attention is normalised.
+    """
+
+    new: Node
+    roles: tuple[Node, ...]
+    history: Node
+    keep_rate: Node
+    pasts: tuple[Node, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Budgets:
     """From `insert_budgeting`: the `Allocation` node."""
 

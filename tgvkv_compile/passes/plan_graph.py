@@ -15,19 +15,20 @@ def plan_graph(
     *,
     compressed: frozenset[str],
 ) -> Plan:
-    """Decides between prefill, decode, continuation and dense.
+    """Decides between prefill, decode, the two continuations and dense.
 
-    ================  ==========================  =================  ==============
+    ================  ==========================  =================  ===================
     past of the KV    vision merged in the graph  queries            kind
-    ================  ==========================  =================  ==============
+    ================  ==========================  =================  ===================
     none              yes                         any                prefill
     none              no                          any                dense (text-only prompt)
     handles           no                          1                  decode
     handles           no                          more               continuation
+    handles           yes                         any                vision_continuation
     no KV append      handles are inputs all the same                miss (it would compute on handles)
-    handles, tensors  yes                         any                miss (a new picture on an old cache)
+    tensors           yes                         any                miss (a picture on an uncompressed cache)
     tensors           no                          any                dense (the cache is not compressed)
-    ================  ==========================  =================  ==============
+    ================  ==========================  =================  ===================
 
     Args:
         appends: From `find_appends`.
@@ -51,12 +52,14 @@ def plan_graph(
     if not problems and not sites and appends:
         problems.append(_at(appends[0], "no attention reads this KV append"))
     problems += [_unexpected(name) for name in sorted(compressed - pasts)]
-    if modality is not None and pasts:
-        problems.append(_at(appends[0], "new vision tokens on a cache that is in use; start a new cache for a new picture"))
-    if pasts and pasts != handles:
+    if modality is not None and pasts and not handles:
+        problems.append(_at(appends[0], "new vision tokens on an uncompressed cache that is in use; start a new cache"))
+    if handles and pasts != handles:
         problems.append(_at(appends[0], "some layers of the cache are compressed and some are not"))
     if problems:
         return Plan("dense", "the decoder cannot be rewritten", sites, modality, tuple(problems))
+    if modality is not None and pasts:
+        return Plan("vision_continuation", "vision tokens merged, compressed cache", sites, modality)
     if modality is not None:
         return Plan("prefill", "vision tokens merged, empty cache", sites, modality)
     if fake_tensor(sites[0].query).shape[2] == 1:

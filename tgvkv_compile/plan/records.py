@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch.fx import Node
 
-GraphKind = Literal["prefill", "decode", "continuation", "dense"]
+GraphKind = Literal["prefill", "decode", "continuation", "vision_continuation", "dense"]
 AttentionForm = Literal["sdpa", "eager"]
 
 
@@ -101,10 +101,10 @@ class Plan:
 
     Attributes:
         kind: `prefill` (vision, empty past), `decode` (one query, compressed past), `continuation` (several queries,
-            compressed past) or `dense` (not ours: left as it is).
+            compressed past), `vision_continuation` (vision, compressed past) or `dense` (not ours: left as it is).
         reason: Why, in one sentence.
         sites: The attention sites in layer order.
-        modality: The modality mask of a prefill.
+        modality: The modality mask of a prefill or of a turn with new vision.
         misses: Why a graph that holds a decoder cannot be rewritten; then `kind` is `dense`.
     """
 

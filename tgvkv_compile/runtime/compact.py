@@ -5,7 +5,7 @@ Model code never sees it. It holds handles (`runtime.logical`) of the full logic
 
 import dataclasses
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.errors import CacheError
 from tgvkv_compile.ops.budgeting import growth_bound, kept_bound, segment_capacity
-from tgvkv_compile.ops.state import CompactState
+from tgvkv_compile.ops.packing import evict_into, new_arena
+from tgvkv_compile.ops.state import CompactState, Reselected, Survivors
 
 SLOT_STEP = 16
 """Arenas are rounded up to a multiple of this many slots, so that requests of like size have like arenas."""
@@ -76,6 +77,7 @@ class CompactCache:
         state: The tensors (see `CompactState`).
         config: The eviction options.
         identity: Whom it belongs to.
+        history: bool `[B, P]`, which positions are vision; all after the last of them are text.
         logical_length: Length that the model believes in, padding counted.
         room: Decode steps that every segment has slots for.
         reserve: Decode steps that a relayout makes room for; doubles each time.
@@ -90,6 +92,7 @@ class CompactCache:
         *,
         config: EvictionConfig,
         identity: CacheIdentity,
+        history: Tensor,
         logical_length: int,
         reserve: int,
         room: int,
@@ -97,6 +100,7 @@ class CompactCache:
         self.state = state
         self.config = config
         self.identity = identity
+        self.history = history
         self.logical_length = logical_length
         self.room = room
         self.reserve = reserve
@@ -139,6 +143,37 @@ class CompactCache:
         self.room -= tokens
         self.steps += 1
 
+    def candidates(self) -> list[Tensor]:
+        """Inputs of a turn with new vision: `history [B, logical length]`, `lengths`, `keep_rate`, each layer's `Survivors`."""
+        state = self.state
+        unseen = self.history.new_zeros((self.batch, self.logical_length - self.history.shape[1]))
+        history = torch.cat([self.history, unseen], dim=1)
+        layers = [part for layer in range(state.segment_start.shape[1]) for part in self._survivors(layer)]
+        return [history, state.lengths, state.keep_rate, *layers]
+
+    def reselect(
+        self, tokens: int, kv: Sequence[tuple[Tensor, Tensor]], chosen: Sequence[tuple[Tensor, Tensor]], decided: Reselected
+    ) -> None:
+        """Packs what a turn with new vision keeps into a new arena.
+
+        Args:
+            tokens: Q, padding counted.
+            kv: Per layer the candidates' keys and values, `[B, Hkv, W + Q, D]`.
+            chosen: Per layer which candidates are kept, bool `[B, W + Q]`, and their positions, int64 `[B, W + Q]`.
+            decided: The rest.
+        """
+        kept, rate, lengths = decided.kept, decided.keep_rate, decided.lengths
+        capacity = segment_capacity(kept, rate, lengths, self.reserve, config=self.config)
+        start = capacity.cumsum(1) - capacity
+        arena = new_arena(kv[0][0], round_slots(int(capacity.sum(1).max()) + 1))
+        for layer, ((key, value), (keep, positions)) in enumerate(zip(kv, chosen, strict=True)):
+            arena = evict_into(arena, key, value, keep, positions, start[:, layer])
+        self.state = CompactState(*arena, start, kept, start + kept, decided.protect_from, rate, lengths)
+        self.history = decided.history
+        self.logical_length += tokens
+        self.room = self.reserve
+        self.steps += 1
+
     def select(self, indices: Tensor) -> "CompactCache":
         """The cache of the samples `indices` (int64 `[B']`), in a new arena. Asked twice, it gives the same one."""
         # An inference tensor has no version to tell whether it was written to since.
@@ -174,7 +209,7 @@ class CompactCache:
 
     def clone(self) -> "CompactCache":
         """An independent copy."""
-        return self._with(CompactState(*(x.clone() for x in self.state)))
+        return self._with(CompactState(*(x.clone() for x in self.state)), self.history)
 
     def usable(self) -> None:
         """Raises [`CacheError`][] where a step failed half-way and the contents are not to be trusted."""
@@ -183,13 +218,15 @@ class CompactCache:
 
     def _samples(self, indices: Tensor) -> "CompactCache":
         self.usable()
-        return self._with(CompactState(*(tensor.index_select(0, indices) for tensor in self.state)))
+        state = CompactState(*(tensor.index_select(0, indices) for tensor in self.state))
+        return self._with(state, self.history.index_select(0, indices))
 
-    def _with(self, state: CompactState) -> "CompactCache":
+    def _with(self, state: CompactState, history: Tensor) -> "CompactCache":
         other = CompactCache(
             state,
             config=self.config,
             identity=self.identity,
+            history=history,
             logical_length=self.logical_length,
             reserve=self.reserve,
             room=self.room,
@@ -242,12 +279,26 @@ class CompactCache:
         state.slot_position.masked_fill_(gone, -1)
         kept = _entries(state)
         state = state._replace(segment_len=kept.sum(2), lengths=torch.minimum(state.lengths, limit))
-        other = self._with(state)
+        place = torch.arange(self.history.shape[1], device=self.device)
+        other = self._with(state, (self.history & (place < limit[:, None]))[:, :length])
         other.logical_length = length
         other.room = self.reserve
         other._relayout(other._capacity(other.reserve))
         other._protect(suffix)
         return other
+
+    def _survivors(self, layer: int) -> Survivors:
+        """What a layer holds, in position order, padded to the longest sample."""
+        state = self.state
+        far = torch.iinfo(torch.int64).max
+        positions = torch.where(_entries(state)[:, layer], state.slot_position.long(), far)
+        # A width of at least 2: sizes 0 and 1 would be compiled for apart.
+        width = max(2, int((positions < far).sum(1).max()))
+        order = positions.argsort(dim=1)[:, :width]
+        positions = positions.gather(1, order)
+        wide = order[:, None, :, None].expand(-1, state.key_arena.shape[1], -1, state.key_arena.shape[3])
+        kept = torch.where(positions < far, positions, -1)
+        return Survivors(state.key_arena.gather(2, wide), state.value_arena.gather(2, wide), kept)
 
     def _suffix_sizes(self) -> Tensor:
         """`P_l`, int64 `[B, L]`: the size of the protected suffix does not change while decoding."""

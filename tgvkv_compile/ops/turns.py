@@ -1,0 +1,136 @@
+"""A later turn with new vision: budgeting runs again over what the cache still holds and the new tokens.
+
+`docs/algorithm.md`, "Continuation with new vision". The candidates of a layer are its survivors, `W` columns in position
+order (-1 where a sample has fewer), and behind them the `Q` new tokens. Scores, budgets and retention are those of a
+prefill; what is particular to a turn stands here.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tgvkv_compile.config import EvictionConfig
+from tgvkv_compile.ops.budgeting import Allocation, allocate
+from tgvkv_compile.ops.graph_masks import valid_columns, visible_among_new
+from tgvkv_compile.ops.packing import first_protected
+from tgvkv_compile.ops.roles import Roles, token_roles, vision_count
+
+
+def vision_history(roles: Roles) -> Tensor:
+    """Returns bool `[B, N]`: which positions of each sample (not columns: padding does not exist) are vision."""
+    nothing = torch.zeros_like(roles.vision)
+    return extend_history(nothing[:, :0], roles)
+
+
+def extend_history(history: Tensor, new: Roles) -> Tensor:
+    """The history of a sample that has gained tokens.
+
+    Args:
+        history: bool `[B, P]`, which positions are vision, for at least all positions so far.
+        new: The roles of `Q` new tokens, with their true positions.
+
+    Returns:
+        bool `[B, P + Q]`.
+    """
+    scrap = history.shape[1] + new.vision.shape[1]
+    index = torch.where(new.valid, new.positions, scrap)
+    room = torch.zeros_like(new.vision[:, :1]).expand(-1, new.vision.shape[1] + 1)
+    return torch.cat([history, room], dim=1).scatter(1, index, new.vision)[:, :-1]
+
+
+def turn_roles(vision: Tensor, mask: Tensor | None, lengths: Tensor) -> Roles:
+    """The roles of a turn's tokens, at their true positions; `lengths` of the result are the true total lengths.
+
+    The question is the text after the last *new* vision token. A sample without new vision is all question.
+
+    Args:
+        vision: bool `[B, Q]`, new vision placeholders.
+        mask: `[B|1, 1|H, Q, S]` over the logical sequence, which tells the padding among the new tokens; None: there is none.
+        lengths: int64 `[B]`, tokens before this turn.
+    """
+    valid = None if mask is None else valid_columns(mask, lengths)[:, -vision.shape[1] :]
+    roles = token_roles(vision, valid)
+    positions = torch.where(roles.valid, roles.positions + lengths.unsqueeze(1), -1)
+    return roles._replace(positions=positions, lengths=roles.lengths + lengths)
+
+
+def candidate_roles(history: Tensor, positions: Tensor, new: Roles) -> Roles:
+    """The roles of a layer's candidates: survivors keep theirs, and none of them is in the question.
+
+    Args:
+        history: bool `[B, P]`, of [`vision_history`][].
+        positions: int64 `[B, W]`, of the layer's survivors; -1 where there is none.
+        new: Of [`turn_roles`][].
+
+    Returns:
+        Roles of `W + Q` columns.
+    """
+    there = positions >= 0
+    vision = history.gather(1, positions.clamp(min=0)) & there
+    return Roles(
+        torch.cat([there, new.valid], dim=1),
+        torch.cat([vision, new.vision], dim=1),
+        torch.cat([torch.zeros_like(there), new.question], dim=1),
+        torch.cat([positions, new.positions], dim=1),
+        new.lengths,
+    )
+
+
+def candidate_mask(mask: Tensor | None, positions: Tensor, vision: Tensor) -> Tensor:
+    """What new tokens see of a layer's candidates: every survivor, and of each other what the model's mask says.
+
+    Args:
+        mask: `[B|1, 1|H, Q, S]` over the logical sequence, or None (causal).
+        positions: int64 `[B, W]`, of the layer's survivors; -1 where there is none.
+        vision: bool `[B, Q]`, any tensor of the new tokens.
+
+    Returns:
+        bool `[B, 1, Q, W + Q]`.
+    """
+    batch, count = vision.shape
+    among_new = visible_among_new(mask, batch, count, vision.device)
+    survivors = (positions >= 0)[:, None, :].expand(batch, count, positions.shape[1])
+    return torch.cat([survivors, among_new], dim=2)[:, None]
+
+
+def allocate_again(
+    mass: tuple[Tensor, ...], candidates: tuple[Roles, ...], history: Tensor, new: Roles, keep_rate: Tensor, **options: Any
+) -> Allocation:
+    """`allocate` for a turn: `N` and `|V|` are those of the whole request, and no layer keeps more than there is.
+
+    A sample without new vision is a continuation: it keeps all its candidates and its rates.
+
+    Args:
+        mass: float32 `[B]` per layer, from the new rows.
+        candidates: Roles per layer, of [`candidate_roles`][].
+        history: bool `[B, P]`, which positions before this turn are vision.
+        new: Of [`turn_roles`][].
+        keep_rate: float32 `[B, L]`, `r_l` before this turn.
+        **options: The fields of `EvictionConfig`.
+    """
+    config = EvictionConfig(**options)
+    everywhere = torch.arange(history.shape[1], device=history.device).expand(history.shape)
+    before = Roles(history, history, torch.zeros_like(history), everywhere, new.lengths)
+    num_vision = vision_count(before, config=config) + vision_count(new, config=config)
+    budget = allocate(torch.stack(mass, dim=1), new.lengths, num_vision, config=config)
+    there = torch.stack([roles.valid.to(torch.int64).sum(1) for roles in candidates], dim=1)
+    sees = new.vision.any(1, keepdim=True)
+    kept = torch.where(sees, torch.minimum(budget.kept, there), there)
+    return Allocation(kept, torch.where(sees, budget.rate, keep_rate))
+
+
+def protected_from(keeps: tuple[Tensor, ...], candidates: tuple[Roles, ...]) -> Tensor:
+    """`[B, L]` int64: where the protected suffix of each layer begins.
+
+    Args:
+        keeps: bool `[B, W + Q]` per layer.
+        candidates: Roles per layer.
+    """
+    pairs = zip(keeps, candidates, strict=True)
+    return torch.stack([first_protected(keep, roles) for keep, roles in pairs], dim=1)
+
+
+def join_candidates(survivors: Tensor, new: Tensor) -> Tensor:
+    """`[B, Hkv, W, D]` and `[B, Hkv, Q, D]` to `[B, Hkv, W + Q, D]`."""
+    return torch.cat([survivors, new], dim=2)

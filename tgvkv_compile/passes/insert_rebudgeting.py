@@ -1,0 +1,80 @@
+"""Insert rebudgeting: a later turn with new vision scores, budgets and ranks all candidates again."""
+
+import dataclasses
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+from tgvkv_compile.config import EvictionConfig
+from tgvkv_compile.fx.insert import insert_call, insert_item
+from tgvkv_compile.fx.meta import output_nodes
+from tgvkv_compile.ops.packing import of_layer
+from tgvkv_compile.ops.retention import retain
+from tgvkv_compile.ops.state import Reselected
+from tgvkv_compile.ops.turns import allocate_again, extend_history, protected_from
+from tgvkv_compile.passes.cached import drop_pasts
+from tgvkv_compile.passes.insert_scoring import score_layers
+from tgvkv_compile.passes.inserted import Candidates
+from tgvkv_compile.plan import Plan
+
+
+def insert_rebudgeting(gm: GraphModule, plan: Plan, candidates: Candidates, config: EvictionConfig) -> None:
+    """Says which candidates of every layer are kept; the runtime packs them into a new arena.
+
+    Before::
+
+        %out_l, %lse_l = scaled_dot_product_attention_with_lse(%q_l, %tgvkv_keys_l, %tgvkv_values_l, %tgvkv_mask_l, ...)
+        return (%tgvkv_keys_0, %tgvkv_values_0, ..., %logits)
+
+    After::
+
+        %tgvkv_scores_l  : (f32[B], f32[B, W_l+Q]) = prefill_scores(%q_l, %tgvkv_keys_l, %tgvkv_roles_l, %tgvkv_mask_l, ...)
+        %tgvkv_budgets   : Allocation     = allocate_again((%tgvkv_mass_0, ...), (%tgvkv_roles_0, ...), %tgvkv_history, ...)
+        %tgvkv_keep_l    : b8[B, W_l+Q]   = retain(%tgvkv_score_l, %tgvkv_roles_l, kept[:, l])
+        %tgvkv_at_l      : i64[B, W_l+Q]  = %tgvkv_roles_l[3]
+        %tgvkv_protected : i64[B, L]      = protected_from((%tgvkv_keep_0, ...), (%tgvkv_roles_0, ...))
+        %tgvkv_seen      : b8[B, P+Q]     = extend_history(%tgvkv_history, %tgvkv_new)
+        return (%tgvkv_keys_0, %tgvkv_values_0, ..., %logits, %tgvkv_keep_0, %tgvkv_at_0, ..., <Reselected>)
+
+    Requires: `insert_survivors` and `normalise_attention` ran. Ensures: nothing inserted holds attention of all rows; the
+    outputs keep their places, the candidates in those of keys and values, followed by two tensors per layer and the six of
+    `Reselected`; no past is an input any more.
+
+    Args:
+        gm: The graph.
+        plan: Its plan, from `insert_survivors`.
+        candidates: From `insert_survivors`.
+        config: The eviction options.
+    """
+    options = dataclasses.asdict(config)
+    roles = candidates.roles
+    masses, scores = score_layers(gm, plan, roles)
+    outputs = output_nodes(gm)
+    keeps: list[Node] = []
+    chosen: list[Node] = []
+    with gm.graph.inserting_before(gm.graph.output_node()):
+        shared = (candidates.history, candidates.new, candidates.keep_rate)
+        budgets = insert_call(gm, allocate_again, masses, roles, *shared, name="tgvkv_budgets", **options)
+        kept = insert_item(gm, budgets, 0, name="tgvkv_kept")
+        rate = insert_item(gm, budgets, 1, name="tgvkv_rate")
+        for layer, score in enumerate(scores):
+            count = insert_call(gm, of_layer, kept, layer, name=f"tgvkv_kept_{layer}")
+            keeps.append(
+                insert_call(
+                    gm,
+                    retain,
+                    score,
+                    roles[layer],
+                    count,
+                    name=f"tgvkv_keep_{layer}",
+                    sink_tokens=config.sink_tokens,
+                )
+            )
+            chosen += [keeps[-1], insert_item(gm, roles[layer], 3, name=f"tgvkv_at_{layer}")]
+        protected = insert_call(gm, protected_from, tuple(keeps), roles, name="tgvkv_protected")
+        lengths = insert_item(gm, candidates.new, 4, name="tgvkv_lengths_next")
+        valid = insert_item(gm, candidates.new, 0, name="tgvkv_valid")
+        history = insert_call(gm, extend_history, candidates.history, candidates.new, name="tgvkv_seen")
+    decided: Any = (kept, rate, protected, lengths, valid, history)
+    gm.graph.output_node().args = ((*outputs, *chosen, *Reselected(*decided)),)
+    drop_pasts(gm, candidates.pasts)
