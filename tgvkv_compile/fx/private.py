@@ -5,6 +5,7 @@ Checked on torch 2.13.0. Each name says what it is used for:
 - `FakeTensorMode`, `ShapeEnv`, `DimDynamic`, `ConstantSource`: a shape environment of our own (`fx.environment`).
 - `trace_structured`: graphs in `TORCH_TRACE` (`fx.dump`).
 - `enable_python_dispatcher`: some operators decompose for symbolic sizes only with it.
+- `is_traceable_wrapper_subclass`: whether a tensor is made of other tensors, as a `DTensor` is (`fx.environment`).
 - `GraphCompileReason` is what dynamo puts on a graph module as `compile_subgraph_reason`.
 """
 
@@ -14,6 +15,7 @@ from torch._dynamo.source import ConstantSource
 from torch._logging._internal import trace_structured
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = [
     "ConstantSource",
@@ -22,5 +24,6 @@ __all__ = [
     "GraphCompileReason",
     "ShapeEnv",
     "enable_python_dispatcher",
+    "is_traceable_wrapper_subclass",
     "trace_structured",
 ]
