@@ -10,7 +10,20 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from tests.passes.decoder import DIM, Decoder, Layer, calls, capture, features, flag, full_cache, masked, pasts, rewritten, tokens
+from tests.passes.decoder import (
+    DIM,
+    Decoder,
+    Layer,
+    calls,
+    capture,
+    features,
+    flag,
+    full_cache,
+    masked,
+    pasts,
+    rewritten,
+    tokens,
+)
 from tgvkv_compile.backend.programs import _address
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.pipeline import find_all, plan_of

@@ -15,7 +15,14 @@ from torch.fx import GraphModule, Node
 from tgvkv_compile.errors import InternalError
 from tgvkv_compile.fx.insert import propagate
 from tgvkv_compile.fx.meta import fake_value, set_fake_value
-from tgvkv_compile.fx.private import ConstantSource, DimDynamic, FakeTensorMode, ShapeEnv, enable_python_dispatcher, is_traceable_wrapper_subclass
+from tgvkv_compile.fx.private import (
+    ConstantSource,
+    DimDynamic,
+    FakeTensorMode,
+    ShapeEnv,
+    enable_python_dispatcher,
+    is_traceable_wrapper_subclass,
+)
 
 
 class Environment:

@@ -15,9 +15,7 @@ _PASSING = frozenset(
 _PROJECTIONS = frozenset({"linear", "matmul", "addmm"})
 
 
-def find_tensor_parallel(
-    gm: GraphModule, sites: tuple[AttentionSite, ...]
-) -> tuple[TensorParallel | None, tuple[Miss, ...]]:
+def find_tensor_parallel(gm: GraphModule, sites: tuple[AttentionSite, ...]) -> tuple[TensorParallel | None, tuple[Miss, ...]]:
     """Finds the sum over ranks that follows the output projection of an attention whose heads are split.
 
     Forms (nothing is changed; between attention and projection there may be views, casts and a gate)::
@@ -47,7 +45,7 @@ def find_tensor_parallel(
             reason = f"heads are split over process group {found!r} here and {groups[0]!r} in the first layer"
             misses.append(_miss(site.node, reason + "; shard all layers alike"))
         elif found is not None and site.mask is not None and fake_value(site.mask).shape[1] != 1:
-            misses.append(_miss(site.mask, "a mask per head on heads that are split over ranks; a mask for all heads is supported"))
+            misses.append(_miss(site.mask, "a mask per head on heads that are split over ranks; give one mask for all heads"))
     if misses or not groups or groups[0] is None:
         return None, tuple(misses)
     return TensorParallel(groups[0]), ()
@@ -62,15 +60,13 @@ def _group_of(site: AttentionSite) -> str | Miss | None:
         if hasattr(fake_value(value), "placements"):
             return _miss(value, "attention over DTensors; shard with transformers' tp_plan, whose attention sees local heads")
     for user in _through(site.node):
-        if collective(user) is not None:
-            return _sum_over(user)
-        group = partial_over(fake_value(user))
-        for after in _through(user) if group is None and op_kind(user) in _PROJECTIONS else []:
-            group = group or partial_over(fake_value(after))
-            if collective(after) is not None:
-                return _sum_over(after)
-        if group is not None:
-            return group
+        # One operation that is not a view may come between: the projection, plain or quantised.
+        for node in (user, *(_through(user) if op_kind(user) not in _PASSING else ())):
+            group = partial_over(fake_value(node))
+            if collective(node) is not None:
+                return _sum_over(node)
+            if group is not None:
+                return group
     weight = _query_shard(site.query)
     if weight is not None:
         return _miss(
@@ -95,7 +91,7 @@ def _sum_over(node: Node) -> str | Miss:
     """The group of a collective that is the sum over ranks."""
     operation, group = argument(node, 1, "reduce_op"), argument(node, 2, "group_name")
     if collective(node) not in ("all_reduce", "all_reduce_") or operation != "sum" or not isinstance(group, str):
-        return _miss(node, "an all_reduce('sum') over a named group was expected after attention; heads are split in another way")
+        return _miss(node, "an all_reduce('sum') over a named group was expected here; heads are split in another way")
     return group
 
 

@@ -59,11 +59,13 @@ def plan_graph(
         problems.append(_at(appends[0], "some layers of the cache are compressed and some are not"))
     if problems:
         return Plan("dense", "the decoder cannot be rewritten", sites, modality, tuple(problems))
+    split = f"; heads are split over process group {tensor_parallel.group!r}" if tensor_parallel is not None else ""
     if modality is not None:
-        return Plan("prefill", "vision tokens merged, empty cache", sites, modality, tensor_parallel=tensor_parallel)
+        reason = "vision tokens merged, empty cache" + split
+        return Plan("prefill", reason, sites, modality, tensor_parallel=tensor_parallel)
     if fake_tensor(sites[0].query).shape[2] == 1:
-        return Plan("decode", "one query on a compressed cache", sites, tensor_parallel=tensor_parallel)
-    return Plan("continuation", "several queries on a compressed cache", sites, tensor_parallel=tensor_parallel)
+        return Plan("decode", "one query on a compressed cache" + split, sites, tensor_parallel=tensor_parallel)
+    return Plan("continuation", "several queries on a compressed cache" + split, sites, tensor_parallel=tensor_parallel)
 
 
 def _at(append: KVAppend, reason: str) -> Miss:
