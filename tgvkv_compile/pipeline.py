@@ -21,6 +21,7 @@ from tgvkv_compile.passes.extract_vision_count import extract_vision_count
 from tgvkv_compile.passes.find_appends import find_appends
 from tgvkv_compile.passes.find_attention import find_attention
 from tgvkv_compile.passes.find_modality import find_modality
+from tgvkv_compile.passes.find_tensor_parallel import find_tensor_parallel
 from tgvkv_compile.passes.insert_budgeting import insert_budgeting
 from tgvkv_compile.passes.insert_continuation import insert_continuation
 from tgvkv_compile.passes.insert_decode import insert_decode
@@ -31,7 +32,7 @@ from tgvkv_compile.passes.insert_survivors import insert_survivors
 from tgvkv_compile.passes.inserted import Budgets, Candidates, Scores
 from tgvkv_compile.passes.normalise_attention import normalise_attention
 from tgvkv_compile.passes.plan_graph import plan_graph
-from tgvkv_compile.plan import AttentionSite, GraphKind, KVAppend, Miss, ModalityMask, Plan
+from tgvkv_compile.plan import AttentionSite, GraphKind, KVAppend, Miss, ModalityMask, Plan, TensorParallel
 
 
 @dataclasses.dataclass
@@ -171,13 +172,15 @@ class Findings:
     sites: tuple[AttentionSite, ...]
     modality: ModalityMask | None
     misses: tuple[Miss, ...]
+    tensor_parallel: TensorParallel | None
 
 
 def find_all(gm: GraphModule) -> Findings:
     """Runs every finder; changes nothing."""
     appends, append_misses = find_appends(gm)
     sites, site_misses = find_attention(gm, appends)
-    return Findings(appends, sites, find_modality(gm), append_misses + site_misses)
+    tensor_parallel, split_misses = find_tensor_parallel(gm, sites)
+    return Findings(appends, sites, find_modality(gm), append_misses + site_misses + split_misses, tensor_parallel)
 
 
 def plan_of(gm: GraphModule, compressed: frozenset[str]) -> Plan:
@@ -192,7 +195,14 @@ def plan_of(gm: GraphModule, compressed: frozenset[str]) -> Plan:
 
 def plan_found(found: Findings, compressed: frozenset[str]) -> Plan:
     """Plans from what was found; see `plan_of`."""
-    return plan_graph(found.appends, found.sites, found.modality, found.misses, compressed=compressed)
+    return plan_graph(
+        found.appends,
+        found.sites,
+        found.modality,
+        found.misses,
+        compressed=compressed,
+        tensor_parallel=found.tensor_parallel,
+    )
 
 
 def rewrite_graph(

@@ -125,6 +125,24 @@ def test_layers_that_differ_are_a_miss() -> None:
     assert all("differ between layers" in miss.reason and "(2, 4, torch.float32" in miss.reason for miss in plan.misses)
 
 
+class _Moving(Layer):
+    """On another device than its input; what it computes comes back."""
+
+    def forward(self, hidden: torch.Tensor, past: Any, mask: Any) -> Any:
+        out, keys, values = super().forward(hidden.to("meta"), tuple(part.to("meta") for part in past), mask)
+        return torch.empty_like(out, device=hidden.device), keys, values
+
+
+def test_layers_on_several_devices_are_a_miss() -> None:
+    model = Decoder(flag, kind=(Layer, _Moving))
+    model.layers[1].to("meta")
+    plan, _ = planned(model, tokens(), features())
+    assert plan.kind == "dense" and len(plan.misses) == 2
+    for miss in plan.misses:
+        assert "this layer's KV cache is on meta, the first layer's on cpu" in miss.reason
+        assert "Put all decoder layers on one device (device_map='cpu')" in miss.reason
+
+
 def test_sliding_layers_do_not_count() -> None:
     plan, _ = planned(Decoder(flag, kind=(SlidingLayer, Layer)), tokens(), features())
     assert (plan.kind, plan.num_layers) == ("prefill", 1)

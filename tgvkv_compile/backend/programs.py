@@ -99,6 +99,11 @@ def check_padding(valid: Tensor) -> None:
         )
 
 
+def _address(weight: Tensor) -> int:
+    """Where a weight's data is; of a weight that is sharded over ranks (a `DTensor`), this rank's shard."""
+    return (weight.to_local() if hasattr(weight, "to_local") else weight).data_ptr()
+
+
 class PrefillProgram:
     """Runs a rewritten prefill and wraps its compact state into a cache and handles."""
 
@@ -129,7 +134,7 @@ class PrefillProgram:
         outputs, state, (history, room, valid) = results[: self._outputs], results[self._outputs : -3], results[-3:]
         if valid is not None:
             check_padding(valid)
-        weight = inputs[self._weight].data_ptr() if self._weight is not None else 0
+        weight = _address(inputs[self._weight]) if self._weight is not None else 0
         compact = CompactCache(
             CompactState(*state),
             config=options.eviction,
@@ -239,7 +244,7 @@ class CachedProgram:
                 "this KV cache was compressed by another backend (another compiled model, or another call of "
                 "tgvkv_backend); give each model the caches that it made itself"
             )
-        if self._weight is not None and inputs[self._weight].data_ptr() != identity.weight:
+        if self._weight is not None and _address(inputs[self._weight]) != identity.weight:
             raise ForeignCacheError(
                 "this KV cache was made by another model (the weights of its first layer are not this model's); give each "
                 "model the caches that it made itself"

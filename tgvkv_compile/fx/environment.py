@@ -15,7 +15,14 @@ from torch.fx import GraphModule, Node
 from tgvkv_compile.errors import InternalError
 from tgvkv_compile.fx.insert import propagate
 from tgvkv_compile.fx.meta import fake_value, set_fake_value
-from tgvkv_compile.fx.private import ConstantSource, DimDynamic, FakeTensorMode, ShapeEnv, enable_python_dispatcher
+from tgvkv_compile.fx.private import (
+    ConstantSource,
+    DimDynamic,
+    FakeTensorMode,
+    ShapeEnv,
+    enable_python_dispatcher,
+    is_traceable_wrapper_subclass,
+)
 
 
 class Environment:
@@ -72,6 +79,11 @@ class Environment:
         if isinstance(old, Tensor):
             size = tuple(self._move_size(length, f"{node.name}.size({dim})") for dim, length in enumerate(old.shape))
             stride = tuple(self._move_size(step, f"{node.name}.stride({dim})") for dim, step in enumerate(old.stride()))
+            if is_traceable_wrapper_subclass(old):  # a weight that is a DTensor, say
+                names, context = old.__tensor_flatten__()
+                parts = {name: getattr(old, name) for name in names}
+                inner = {name: self._move(node, part, part) for name, part in parts.items()}
+                return type(old).__tensor_unflatten__(inner, context, size, stride)
             with self.fake_mode:
                 return torch.empty_strided(size, stride, dtype=old.dtype, device=old.device)
         return example

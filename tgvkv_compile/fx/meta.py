@@ -31,6 +31,18 @@ def is_tensor(node: object) -> bool:
     return isinstance(node, Node) and isinstance(fake_value(node), torch.Tensor)
 
 
+def partial_over(value: object) -> str | None:
+    """The process group over which a `DTensor` holds partial sums, by name; None where it is anything else.
+
+    It is told by its attributes: importing `torch.distributed.tensor` would cost every user of one process.
+    """
+    placements, mesh = getattr(value, "placements", ()), getattr(value, "device_mesh", None)
+    for dim, placement in enumerate(placements):
+        if placement.is_partial() and mesh is not None:
+            return str(mesh.get_group(dim).group_name)
+    return None
+
+
 def set_fake_value(node: Node, value: Any) -> None:
     """Records the fake value under the key that dynamo graphs use."""
     node.meta["example_value"] = value

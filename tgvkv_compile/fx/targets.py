@@ -35,6 +35,9 @@ _FUNCTIONS: dict[Callable[..., Any], str] = {
     torch.transpose: "transpose",
     torch.repeat_interleave: "repeat_interleave",
     torch.masked_scatter: "masked_scatter",
+    torch._C._nn.linear: "linear",
+    aten.linear.default: "linear",
+    aten.addmm.default: "addmm",
     aten.scaled_dot_product_attention.default: "sdpa",
     aten.softmax.int: "softmax",
     aten._softmax.default: "softmax",
@@ -92,6 +95,18 @@ def op_kind(node: Node) -> str:
     if node.op == "call_method":
         return _METHODS.get(str(node.target), str(node.target))
     return node.op
+
+
+def collective(node: Node) -> str | None:
+    """Which functional collective a node calls (`"all_reduce"`, ...), or None.
+
+    By name: a torch built without `torch.distributed` has no such operators to compare with.
+    """
+    namespace, _, name = str(node.target).partition(".")
+    if node.op != "call_function" or namespace not in ("_c10d_functional", "_c10d_functional_autograd"):
+        return None
+    name = name.partition(".")[0]
+    return None if name == "wait_tensor" else name
 
 
 def target_name(node: Node) -> str:

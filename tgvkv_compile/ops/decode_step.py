@@ -9,6 +9,101 @@ from tgvkv_compile.ops.segments import attend, segment_window
 from tgvkv_compile.ops.state import CompactState
 
 
+def append_and_attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_arena: Tensor,
+    value_arena: Tensor,
+    slot_position: Tensor,
+    start: Tensor,
+    length: Tensor,
+    slot: Tensor,
+    lengths: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The new token goes to its slot and attends to its segment; the arenas and `slot_position` are updated in place.
+
+    Args:
+        query: `[B, H, 1, D]`.
+        key: `[B, Hkv, 1, D]`.
+        value: `[B, Hkv, 1, D]`.
+        key_arena: `[B, Hkv, T, D]`.
+        value_arena: `[B, Hkv, T, D]`.
+        slot_position: int32 `[B, T]`.
+        start: int64 `[B]`, first slot of the layer.
+        length: int64 `[B]`, its entries, the new one included.
+        slot: int64 `[B]`, where the new one goes.
+        lengths: int64 `[B]`, tokens before this one.
+        scale: What `q @ k` is multiplied by.
+
+    Returns:
+        `(output [B, H, 1, D], head-mean attention float32 [B, W], positions int64 [B, W])`, of the segment's `W` entries.
+    """
+    samples = torch.arange(query.shape[0], device=query.device)
+    key_arena[samples, :, slot] = key[:, :, 0]
+    value_arena[samples, :, slot] = value[:, :, 0]
+    slot_position[samples, slot] = lengths.to(slot_position.dtype)
+    window = segment_window(key_arena, value_arena, slot_position, start, length)
+    probabilities, output = attend(query, window, window.positions.ge(0)[:, None, None, :], scale)
+    return output, probabilities[:, :, 0].mean(1), window.positions
+
+
+def evict(
+    attention: Tensor,
+    positions: Tensor,
+    slot_position: Tensor,
+    segment_start: Tensor,
+    segment_len: Tensor,
+    next_slot: Tensor,
+    protect_from: Tensor,
+    keep_rate: Tensor,
+    lengths: Tensor,
+    *,
+    layer: int,
+    decode: str,
+    sink_tokens: int,
+) -> None:
+    """Frees the slot that the step looked at least, if one is due; the bookkeeping of `layer` is updated in place.
+
+    Args:
+        attention: float32 `[B, W]`, the step's head-mean attention to the segment's entries.
+        positions: int64 `[B, W]`, of the entries, -1 where empty.
+        slot_position: This and the following as in `CompactState`; `segment_len` does not count the new token yet.
+        segment_start: As there.
+        segment_len: As there.
+        next_slot: As there.
+        protect_from: As there.
+        keep_rate: As there.
+        lengths: As there, tokens before this one.
+        layer: Which segment.
+        decode: `"ratio"`, `"fixed"` or `"keep"`.
+        sink_tokens: How many first positions are never evicted.
+    """
+    start, length = segment_start[:, layer], segment_len[:, layer] + 1
+    protected = next_protected(positions, protect_from[:, layer])
+    config = EvictionConfig(decode=decode, sink_tokens=sink_tokens)  # type: ignore[arg-type]
+    evicted = choose_eviction(
+        attention,
+        positions,
+        length,
+        lengths + 1,
+        keep_rate[:, layer],
+        protected,
+        config=config,
+    )
+    evicts = evicted >= 0
+    freed = torch.where(evicts, start + evicted, start + length)
+    remaining = length - evicts.to(length.dtype)
+    # Where nothing is evicted this writes a slot that is free already: -1 over -1.
+    last = slot_position.shape[1] - 1
+    freed_or_scrap = torch.where(evicts, freed, last)
+    slot_position[torch.arange(len(freed), device=freed.device), freed_or_scrap] = -1
+    segment_len[:, layer] = remaining
+    next_slot[:, layer] = freed
+    protect_from[:, layer] = protected
+
+
 @torch.library.custom_op(
     "tgvkv::decode_step",
     mutates_args=("key_arena", "value_arena", "slot_position", "segment_len", "next_slot", "protect_from"),
@@ -31,37 +126,11 @@ def _decode_step(
     decode: str,
     sink_tokens: int,
 ) -> Tensor:
-    samples = torch.arange(query.shape[0], device=query.device)
-    slot = next_slot[:, layer]
-    key_arena[samples, :, slot] = key[:, :, 0]
-    value_arena[samples, :, slot] = value[:, :, 0]
-    slot_position[samples, slot] = lengths.to(slot_position.dtype)
-
-    start, length = segment_start[:, layer], segment_len[:, layer] + 1
-    window = segment_window(key_arena, value_arena, slot_position, start, length)
-    probabilities, output = attend(query, window, window.positions.ge(0)[:, None, None, :], scale)
-
-    protected = next_protected(window.positions, protect_from[:, layer])
-    config = EvictionConfig(decode=decode, sink_tokens=sink_tokens)  # type: ignore[arg-type]
-    evicted = choose_eviction(
-        probabilities[:, :, 0].mean(1),
-        window.positions,
-        length,
-        lengths + 1,
-        keep_rate[:, layer],
-        protected,
-        config=config,
-    )
-    evicts = evicted >= 0
-    freed = torch.where(evicts, start + evicted, start + length)
-    remaining = length - evicts.to(length.dtype)
-    # Where nothing is evicted this writes a slot that is free already: -1 over -1.
-    last = slot_position.shape[1] - 1
-    freed_or_scrap = torch.where(evicts, freed, last)
-    slot_position[samples, freed_or_scrap] = -1
-    segment_len[:, layer] = remaining
-    next_slot[:, layer] = freed
-    protect_from[:, layer] = protected
+    arenas = (key_arena, value_arena, slot_position)
+    where = (segment_start[:, layer], segment_len[:, layer] + 1, next_slot[:, layer])
+    output, attention, positions = append_and_attend(query, key, value, *arenas, *where, lengths, scale)
+    books = (slot_position, segment_start, segment_len, next_slot, protect_from, keep_rate, lengths)
+    evict(attention, positions, *books, layer=layer, decode=decode, sink_tokens=sink_tokens)
     return output
 
 

@@ -1,7 +1,7 @@
 """Text-grounded scores of the prompt's tokens (paper sections 4.1 to 4.3; `docs/algorithm.md`, Prefill 1, 3, 4).
 
 Every score is made of sums over the rows of the head-averaged attention `A`. The formula stands in `_column_sums`,
-`_question_weights`, `_vision_scores` and `_finish`; [`scores_from_attention`][] calls them once over all rows, the op
+`question_weights`, `_vision_scores` and `finish`; [`scores_from_attention`][] calls them once over all rows, the op
 `tgvkv::prefill_scores` once per block of rows. A variant that is handed each row's log-sum-exp needs all columns of the
 question rows only: for the other rows `received` is read at text columns alone.
 """
@@ -54,7 +54,7 @@ def _known_normaliser(q: Tensor, k: Tensor, visible: Tensor, lse: Tensor, scale:
     return (_logits(q, k, scale) - lse.unsqueeze(3)).exp_().masked_fill_(~visible, 0.0)
 
 
-class _Sums(NamedTuple):
+class Sums(NamedTuple):
     """Sums over attention rows, all `[B, S]` float32.
 
     Attributes:
@@ -68,21 +68,21 @@ class _Sums(NamedTuple):
     askers: Tensor
 
 
-def _column_sums(attention: Tensor, visible: Tensor, valid: Tensor, question: Tensor) -> _Sums:
+def _column_sums(attention: Tensor, visible: Tensor, valid: Tensor, question: Tensor) -> Sums:
     """Sums a block of rows: `attention [B, R, S]`, `visible [B | 1, R, S]`, `valid` and `question` `[B, R]` of rows.
 
     Elementwise products, not matmul: TF32 must not round the scores.
     """
     valid_row = valid.to(torch.float32).unsqueeze(2)
     question_row = question.to(torch.float32).unsqueeze(2)
-    return _Sums(
+    return Sums(
         received=(attention * valid_row).sum(1),
         asked=(attention * question_row).sum(1),
         askers=(visible.to(torch.float32) * question_row).sum(1),
     )
 
 
-def _question_weights(sums: _Sums, question: Tensor) -> Tensor:
+def question_weights(sums: Sums, question: Tensor) -> Tensor:
     """`u_j [B, N]`: the mean attention that question token `j` receives from the question tokens that see it."""
     return torch.where(question, sums.asked / sums.askers.clamp(min=1.0), 0.0)
 
@@ -92,7 +92,7 @@ def _vision_scores(attention: Tensor, weights: Tensor) -> Tensor:
     return (attention * weights.unsqueeze(2)).sum(1)
 
 
-def _finish(sums: _Sums, vision_scores: Tensor, vision: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+def finish(sums: Sums, vision_scores: Tensor, vision: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """Mass `m_l [B]` and score `[B, N]` (`s_v` at vision, `s_t` at text, 0 at padding) from the complete sums."""
     mass = torch.where(vision, sums.asked, 0.0).sum(1)
     score = torch.where(valid, torch.where(vision, vision_scores, sums.received), 0.0)
@@ -118,8 +118,8 @@ def scores_from_attention(attention: Tensor, visible: Tensor, roles: Roles) -> t
     attention = attention.masked_fill(~visible, 0.0)
     rows = slice(attention.shape[2] - attention.shape[1], None)
     sums = _column_sums(attention, visible, roles.valid[:, rows], roles.question[:, rows])
-    vision_scores = _vision_scores(attention, _question_weights(sums, roles.question)[:, rows])
-    return _finish(sums, vision_scores, roles.vision, roles.valid)
+    vision_scores = _vision_scores(attention, question_weights(sums, roles.question)[:, rows])
+    return finish(sums, vision_scores, roles.vision, roles.valid)
 
 
 def _block_rows(q: Tensor, columns: int) -> int:
@@ -151,7 +151,7 @@ def _first_question(question: Tensor) -> int:
     return int(question.any(0).to(torch.uint8).argmax())
 
 
-class _Prompt(NamedTuple):
+class Prompt(NamedTuple):
     """What one call of the op scores: the arguments of [`prefill_scores`][], the roles as three masks of the columns."""
 
     q: Tensor
@@ -188,7 +188,7 @@ class _Prompt(NamedTuple):
         return attention.mean(1), visible.any(1)
 
 
-def _text_received(prompt: _Prompt) -> Tensor:
+def _text_received(prompt: Prompt) -> Tensor:
     """`s_t` at text `[B, S]` where the normaliser is known: all rows, but only the columns of text."""
     columns = (prompt.valid & ~prompt.vision).any(0).nonzero()[:, 0]
     received = torch.zeros(prompt.valid.shape, dtype=torch.float32, device=prompt.q.device)
@@ -200,6 +200,43 @@ def _text_received(prompt: _Prompt) -> Tensor:
         attention, _ = prompt.attention(start, end, columns)
         received[:, columns] += (attention * valid_rows[:, start:end, None]).sum(1)
     return received
+
+
+def sum_rows(prompt: Prompt) -> Sums:
+    """The complete sums over the prompt's rows.
+
+    Without the normaliser every row is normalised anew, which takes all rows and columns. With it, only the question's
+    rows and the columns of text are looked at.
+    """
+    (batch, _, length, _), columns = prompt.q.shape, prompt.k.shape[2]
+    block = _block_rows(prompt.q, columns)
+    valid, question = prompt.of_rows(prompt.valid), prompt.of_rows(prompt.question)
+    total = Sums(*torch.zeros((3, batch, columns), dtype=torch.float32, device=prompt.q.device).unbind())
+    for start in range(0, length, block) if prompt.lse is None else _asking(prompt, block):
+        attention, visible = prompt.attention(start, min(start + block, length))
+        rows = slice(start, start + attention.shape[1])
+        part = _column_sums(attention, visible, valid[:, rows], question[:, rows])
+        for accumulated, added in zip(total, part, strict=True):
+            accumulated[:, : added.shape[1]] += added
+    return total if prompt.lse is None else total._replace(received=_text_received(prompt))
+
+
+def weigh_rows(prompt: Prompt, weights: Tensor) -> Tensor:
+    """`s_v [B, S]` of the question's weights `u_j`, `weights [B, S]`: a second walk over its rows."""
+    length = prompt.q.shape[2]
+    block = _block_rows(prompt.q, weights.shape[1])
+    of_rows = prompt.of_rows(weights)
+    scores = torch.zeros_like(weights)
+    for start in _asking(prompt, block):
+        attention, _ = prompt.attention(start, min(start + block, length))
+        rows = slice(start, start + attention.shape[1])
+        scores[:, : attention.shape[2]] += _vision_scores(attention, of_rows[:, rows])
+    return scores
+
+
+def _asking(prompt: Prompt, block: int) -> range:
+    """First rows of the blocks that hold question rows."""
+    return range(_first_question(prompt.of_rows(prompt.question)), prompt.q.shape[2], block)
 
 
 @torch.library.custom_op("tgvkv::prefill_scores", mutates_args=())
@@ -214,33 +251,10 @@ def _prefill_scores(
     scale: float,
     lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """[`scores_from_attention`][] of `q [B, H, R, D]` and `k [B, Hkv, S, D]`, a block of rows at a time.
-
-    Without `lse` every row is normalised anew, which takes all rows and columns. With it, only the question's rows and
-    the columns of text are looked at.
-    """
-    prompt = _Prompt(q, k.to(torch.float32), vision, valid, question, attn_mask, is_causal, scale, lse)
-    (batch, _, length, _), columns = q.shape, k.shape[2]
-    block = _block_rows(q, columns)
-    valid_rows, question_rows = prompt.of_rows(valid), prompt.of_rows(question)
-    asking = range(_first_question(question_rows), length, block)
-    total = _Sums(*torch.zeros((3, batch, columns), dtype=torch.float32, device=q.device).unbind())
-    for start in range(0, length, block) if lse is None else asking:
-        attention, visible = prompt.attention(start, min(start + block, length))
-        rows = slice(start, start + attention.shape[1])
-        part = _column_sums(attention, visible, valid_rows[:, rows], question_rows[:, rows])
-        for accumulated, added in zip(total, part, strict=True):
-            accumulated[:, : added.shape[1]] += added
-    if lse is not None:
-        total = total._replace(received=_text_received(prompt))
-
-    weights = prompt.of_rows(_question_weights(total, question))
-    vision_scores = torch.zeros_like(total.received)
-    for start in asking:
-        attention, _ = prompt.attention(start, min(start + block, length))
-        rows = slice(start, start + attention.shape[1])
-        vision_scores[:, : attention.shape[2]] += _vision_scores(attention, weights[:, rows])
-    return _finish(total, vision_scores, vision, valid)
+    """[`scores_from_attention`][] of `q [B, H, R, D]` and `k [B, Hkv, S, D]`, a block of rows at a time."""
+    prompt = Prompt(q, k.to(torch.float32), vision, valid, question, attn_mask, is_causal, scale, lse)
+    sums = sum_rows(prompt)
+    return finish(sums, weigh_rows(prompt, question_weights(sums, question)), vision, valid)
 
 
 @_prefill_scores.register_fake

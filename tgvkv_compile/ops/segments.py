@@ -36,11 +36,22 @@ def segment_window(key_arena: Tensor, value_arena: Tensor, slot_position: Tensor
         first = int(start)
         part = slice(first, first + width)
         return Window(key_arena[:, :, part], value_arena[:, :, part], slot_position[:, part].long())
-    offset = torch.arange(width, device=start.device)
-    index = (start[:, None] + offset).clamp(max=slots - 1)
-    positions = torch.where(offset < used[:, None], slot_position.gather(1, index).long(), -1)
+    index = _slots(start, width, slots)
+    positions = segment_positions(slot_position, start, used, width)
     wide = index[:, None, :, None].expand(-1, key_arena.shape[1], -1, key_arena.shape[3])
     return Window(key_arena.gather(2, wide), value_arena.gather(2, wide), positions)
+
+
+def segment_positions(slot_position: Tensor, start: Tensor, used: Tensor, width: int) -> Tensor:
+    """Positions int64 `[B, width]` of the first `used` slots from `start`, -1 behind them; arguments as of `segment_window`."""
+    index = _slots(start, width, slot_position.shape[1])
+    offset = torch.arange(width, device=start.device)
+    return torch.where(offset < used[:, None], slot_position.gather(1, index).long(), -1)
+
+
+def _slots(start: Tensor, width: int, slots: int) -> Tensor:
+    """int64 `[B, width]`, the slots from `start` on; the last slot stands for those that do not exist."""
+    return (start[:, None] + torch.arange(width, device=start.device)).clamp(max=slots - 1)
 
 
 def attend(query: Tensor, window: Window, visible: Tensor, scale: float) -> tuple[Tensor, Tensor]:

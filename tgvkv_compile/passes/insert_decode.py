@@ -1,11 +1,14 @@
 """Insert decode: attention of one token over the compact cache, eviction included."""
 
+from typing import Any
+
 from torch.fx import GraphModule
 
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.fx.insert import insert_call
 from tgvkv_compile.ops.decode_step import decode_step
 from tgvkv_compile.ops.state import CompactState
+from tgvkv_compile.ops.tensor_parallel import tensor_parallel_decode_step
 from tgvkv_compile.passes.cached import close, insert_state
 from tgvkv_compile.plan import Plan
 
@@ -27,6 +30,9 @@ def insert_decode(gm: GraphModule, plan: Plan, config: EvictionConfig, state: Co
         %tgvkv_lengths_next : i64[B] = advance_lengths(%tgvkv_lengths, None, %k_0)
         return (None, None, ..., %logits, %tgvkv_lengths_next)
 
+    Where heads are split over ranks it is `tensor_parallel_decode_step(..., group=...)`, which averages the step's attention
+    over the ranks before it chooses, by one functional all-reduce per layer.
+
     Requires: a decode plan. Ensures: no past is an input any more, no KV an output.
 
     Args:
@@ -36,11 +42,15 @@ def insert_decode(gm: GraphModule, plan: Plan, config: EvictionConfig, state: Co
         state: Fake values of the new inputs.
     """
     nodes = insert_state(gm, state)
+    function: Any = decode_step
+    split: dict[str, str] = {}
+    if plan.tensor_parallel is not None:
+        function, split = tensor_parallel_decode_step, {"group": plan.tensor_parallel.group}
     for layer, site in enumerate(plan.sites):
         with gm.graph.inserting_before(site.node):
             out = insert_call(
                 gm,
-                decode_step,
+                function,
                 site.query,
                 site.key.new,
                 site.value.new,
@@ -50,6 +60,7 @@ def insert_decode(gm: GraphModule, plan: Plan, config: EvictionConfig, state: Co
                 scale=site.scale,
                 decode=config.decode,
                 sink_tokens=config.sink_tokens,
+                **split,
             )
         site.node.replace_all_uses_with(out)
     close(gm, plan, nodes, None)

@@ -4,7 +4,7 @@ import torch
 
 from tgvkv_compile.fx.meta import fake_tensor, source_line
 from tgvkv_compile.fx.targets import target_name
-from tgvkv_compile.plan import AttentionSite, KVAppend, Miss, ModalityMask, Plan
+from tgvkv_compile.plan import AttentionSite, KVAppend, Miss, ModalityMask, Plan, TensorParallel
 
 
 def plan_graph(
@@ -14,6 +14,7 @@ def plan_graph(
     misses: tuple[Miss, ...],
     *,
     compressed: frozenset[str],
+    tensor_parallel: TensorParallel | None = None,
 ) -> Plan:
     """Decides between prefill, decode, the two continuations and dense.
 
@@ -36,6 +37,7 @@ def plan_graph(
         modality: From `find_modality`.
         misses: Of all finders.
         compressed: Names of the placeholders that hold handles of a compact cache.
+        tensor_parallel: From `find_tensor_parallel`.
 
     Returns:
         The plan. Where the graph is a decoder that must be rewritten and cannot be, `kind` is `"dense"` and `misses`
@@ -58,13 +60,16 @@ def plan_graph(
         problems.append(_at(appends[0], "some layers of the cache are compressed and some are not"))
     if problems:
         return Plan("dense", "the decoder cannot be rewritten", sites, modality, tuple(problems))
+    split = f"; heads are split over process group {tensor_parallel.group!r}" if tensor_parallel is not None else ""
     if modality is not None and pasts:
-        return Plan("vision_continuation", "vision tokens merged, compressed cache", sites, modality)
+        reason = "vision tokens merged, compressed cache" + split
+        return Plan("vision_continuation", reason, sites, modality, tensor_parallel=tensor_parallel)
     if modality is not None:
-        return Plan("prefill", "vision tokens merged, empty cache", sites, modality)
+        reason = "vision tokens merged, empty cache" + split
+        return Plan("prefill", reason, sites, modality, tensor_parallel=tensor_parallel)
     if fake_tensor(sites[0].query).shape[2] == 1:
-        return Plan("decode", "one query on a compressed cache", sites)
-    return Plan("continuation", "several queries on a compressed cache", sites)
+        return Plan("decode", "one query on a compressed cache" + split, sites, tensor_parallel=tensor_parallel)
+    return Plan("continuation", "several queries on a compressed cache" + split, sites, tensor_parallel=tensor_parallel)
 
 
 def _at(append: KVAppend, reason: str) -> Miss:
@@ -83,12 +88,23 @@ def _disagreements(sites: tuple[AttentionSite, ...]) -> list[Miss]:
     """One arena holds all layers, so they must agree on heads, head dim, dtype and device."""
 
     def signature(tensor: torch.Tensor) -> tuple[object, ...]:
-        return tensor.shape[1], tensor.shape[3], tensor.dtype, tensor.device
+        return tensor.shape[1], tensor.shape[3], tensor.dtype
 
     found = []
-    first = signature(fake_tensor(sites[0].key.node)) if sites else ()
+    first = fake_tensor(sites[0].key.node) if sites else torch.empty(0)
     for site in sites:
         for append in (site.key, site.value):
-            if signature(fake_tensor(append.node)) != first:
-                found.append(_at(append, f"(Hkv, D, dtype, device) differ between layers: {first} at the first layer"))
+            value = fake_tensor(append.node)
+            if value.device != first.device:
+                found.append(_at(append, _devices(value.device, first.device)))
+            elif signature(value) != signature(first):
+                found.append(_at(append, f"(Hkv, D, dtype) differ between layers: {signature(first)} at the first layer"))
     return found
+
+
+def _devices(here: torch.device, first: torch.device) -> str:
+    return (
+        f"this layer's KV cache is on {here}, the first layer's on {first}: layers on several devices are not supported, "
+        f"because one arena holds the KV of all layers. Put all decoder layers on one device (device_map='{first}'), or "
+        "split every layer over the devices (tp_plan='auto' under torchrun)"
+    )

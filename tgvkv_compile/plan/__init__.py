@@ -7,7 +7,8 @@ from tgvkv_compile.plan.records import (
     Miss,
     ModalityMask,
     Plan,
+    TensorParallel,
     render_misses,
 )
 
-__all__ = ["AttentionSite", "GraphKind", "KVAppend", "Miss", "ModalityMask", "Plan", "render_misses"]
+__all__ = ["AttentionSite", "GraphKind", "KVAppend", "Miss", "ModalityMask", "Plan", "TensorParallel", "render_misses"]

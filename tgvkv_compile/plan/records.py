@@ -96,6 +96,17 @@ class ModalityMask:
 
 
 @dataclasses.dataclass(frozen=True)
+class TensorParallel:
+    """Each rank of a process group holds some of the query heads of every layer.
+
+    Attributes:
+        group: Name of the process group.
+    """
+
+    group: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """What is to be done with one graph.
 
@@ -106,6 +117,7 @@ class Plan:
         sites: The attention sites in layer order.
         modality: The modality mask of a prefill or of a turn with new vision.
         misses: Why a graph that holds a decoder cannot be rewritten; then `kind` is `dense`.
+        tensor_parallel: How heads are split over processes, or None.
     """
 
     kind: GraphKind
@@ -113,6 +125,7 @@ class Plan:
     sites: tuple[AttentionSite, ...] = ()
     modality: ModalityMask | None = None
     misses: tuple[Miss, ...] = ()
+    tensor_parallel: TensorParallel | None = None
 
     @property
     def num_layers(self) -> int:

@@ -1,0 +1,224 @@
+"""Tensor parallelism: each rank of a process group holds some of the query heads, and all must evict the same entries.
+
+`A` is a mean over *all* query heads. What is linear in it may be computed from a rank's own heads and averaged over the
+ranks; what is not must wait for the average. In prefill the sums over rows (`received`, `asked`) are linear; the
+question's weights are not the scores of anything yet, but the vision score multiplies them with `A` once more, so they
+are made of the averaged sums, and only then does each rank weigh its own heads' rows. So a layer takes two all-reduces in
+prefill, of `[2, B, N]` and `[B, N]` float32, and one in a decode step, of `[B, T]`.
+
+An all-reduce hands every rank the same bits, and all decisions are made of what it handed out.
+"""
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from tgvkv_compile.ops.decode_step import append_and_attend, evict
+from tgvkv_compile.ops.roles import Roles
+from tgvkv_compile.ops.scoring import Prompt, Sums, finish, question_weights, sum_rows, weigh_rows
+from tgvkv_compile.ops.segments import segment_positions
+from tgvkv_compile.ops.state import CompactState
+
+
+def mean_over_ranks(mean: Tensor, heads: int, group: str) -> Tensor:
+    """The mean over all ranks' heads, by one functional collective.
+
+    Heads need not be split evenly: each rank's mean counts by its heads.
+
+    Args:
+        mean: float32, any shape; the mean over this rank's heads.
+        heads: How many heads this rank has.
+        group: Name of the process group.
+
+    Returns:
+        As `mean`, the same bits on every rank.
+    """
+    weighted = torch.cat([mean.flatten() * heads, mean.new_full((1,), heads)])
+    total = torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(weighted, "sum", group))
+    return cast(Tensor, (total[:-1] / total[-1]).reshape(mean.shape))
+
+
+@torch.library.custom_op("tgvkv::prefill_sums", mutates_args=())
+def _prefill_sums(
+    q: Tensor,
+    k: Tensor,
+    vision: Tensor,
+    valid: Tensor,
+    question: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    lse: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The linear sums (`received`, `asked`) `[2, B, S]` and `askers` `[B, S]` of this rank's heads."""
+    sums = sum_rows(Prompt(q, k.to(torch.float32), vision, valid, question, attn_mask, is_causal, scale, lse))
+    return torch.stack([sums.received, sums.asked]), sums.askers.clone()
+
+
+@_prefill_sums.register_fake
+def _(q: Tensor, k: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    size = (q.shape[0], k.shape[2])
+    return q.new_empty((2, *size), dtype=torch.float32), q.new_empty(size, dtype=torch.float32)
+
+
+@torch.library.custom_op("tgvkv::prefill_vision_scores", mutates_args=())
+def _prefill_vision_scores(
+    weights: Tensor,
+    q: Tensor,
+    k: Tensor,
+    vision: Tensor,
+    valid: Tensor,
+    question: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    lse: Tensor | None = None,
+) -> Tensor:
+    """`s_v [B, S]` of this rank's heads, of the weights `u_j` `[B, S]` of all."""
+    return weigh_rows(Prompt(q, k.to(torch.float32), vision, valid, question, attn_mask, is_causal, scale, lse), weights)
+
+
+@_prefill_vision_scores.register_fake
+def _(weights: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(weights)
+
+
+def tensor_parallel_scores(
+    q: Tensor,
+    k: Tensor,
+    roles: Roles,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    lse: Tensor | None = None,
+    *,
+    group: str,
+) -> tuple[Tensor, Tensor]:
+    """[`prefill_scores`][tgvkv_compile.ops.scoring.prefill_scores] where heads are split over ranks.
+
+    Args:
+        q: `[B, H, N, D]`, this rank's heads.
+        k: `[B, Hkv, N, D]`, this rank's heads.
+        roles: As there; equal on all ranks.
+        attn_mask: As there, `[B | 1, 1, N, N]`; equal on all ranks.
+        is_causal: As there.
+        scale: As there.
+        lse: `[B, H, N]`, of this rank's heads, or None.
+        group: Name of the process group.
+
+    Returns:
+        mass: `[B]` float32, the same bits on every rank.
+        score: `[B, N]` float32, the same bits on every rank.
+    """
+    prompt = (q, k, roles.vision, roles.valid, roles.question, attn_mask, is_causal, scale, lse)
+    heads = q.shape[1]
+    linear, askers = torch.ops.tgvkv.prefill_sums(*prompt)
+    received, asked = mean_over_ranks(linear, heads, group).unbind()
+    sums = Sums(received, asked, askers)
+    weights = question_weights(sums, roles.question)
+    own = torch.ops.tgvkv.prefill_vision_scores(weights, *prompt)
+    return finish(sums, mean_over_ranks(own, heads, group), roles.vision, roles.valid)
+
+
+@torch.library.custom_op("tgvkv::attend_step", mutates_args=("key_arena", "value_arena", "slot_position"))
+def _attend_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_arena: Tensor,
+    value_arena: Tensor,
+    slot_position: Tensor,
+    segment_start: Tensor,
+    segment_len: Tensor,
+    next_slot: Tensor,
+    lengths: Tensor,
+    layer: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The first half of a step: the output, and this rank's mean attention to the segment, `[B, T]`, 0 behind its end."""
+    arenas = (key_arena, value_arena, slot_position)
+    where = (segment_start[:, layer], segment_len[:, layer] + 1, next_slot[:, layer])
+    output, attention, _ = append_and_attend(query, key, value, *arenas, *where, lengths, scale)
+    return output, torch.nn.functional.pad(attention, (0, slot_position.shape[1] - attention.shape[1]))
+
+
+@_attend_step.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, key_arena: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    return output, query.new_empty((query.shape[0], key_arena.shape[2]), dtype=torch.float32)
+
+
+@torch.library.custom_op("tgvkv::evict_step", mutates_args=("slot_position", "segment_len", "next_slot", "protect_from"))
+def _evict_step(
+    attention: Tensor,
+    slot_position: Tensor,
+    segment_start: Tensor,
+    segment_len: Tensor,
+    next_slot: Tensor,
+    protect_from: Tensor,
+    keep_rate: Tensor,
+    lengths: Tensor,
+    layer: int,
+    decode: str,
+    sink_tokens: int,
+) -> None:
+    """The second half of a step: chooses by the attention `[B, T]` of all heads."""
+    length = segment_len[:, layer] + 1
+    positions = segment_positions(slot_position, segment_start[:, layer], length, attention.shape[1])
+    books = (slot_position, segment_start, segment_len, next_slot, protect_from, keep_rate, lengths)
+    evict(attention, positions, *books, layer=layer, decode=decode, sink_tokens=sink_tokens)
+
+
+@_evict_step.register_fake
+def _(*_: object) -> None:
+    return None
+
+
+def tensor_parallel_decode_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state: CompactState,
+    *,
+    layer: int,
+    scale: float,
+    decode: str,
+    sink_tokens: int,
+    group: str,
+) -> Tensor:
+    """[`decode_step`][tgvkv_compile.ops.decode_step.decode_step] where heads are split over ranks.
+
+    Args:
+        query: `[B, H, 1, D]`, this rank's heads.
+        key: `[B, Hkv, 1, D]`, this rank's heads.
+        value: `[B, Hkv, 1, D]`, this rank's heads.
+        state: The compact cache: arenas of this rank's heads, all else equal on all ranks.
+        layer: As there.
+        scale: As there.
+        decode: As there.
+        sink_tokens: As there.
+        group: Name of the process group.
+
+    Returns:
+        The attention output of this rank's heads, `[B, H, 1, D]`, dtype of `query`.
+    """
+    output: Tensor
+    output, attention = torch.ops.tgvkv.attend_step(
+        query,
+        key,
+        value,
+        state.key_arena,
+        state.value_arena,
+        state.slot_position,
+        state.segment_start,
+        state.segment_len,
+        state.next_slot,
+        state.lengths,
+        layer,
+        scale,
+    )
+    if decode != "keep":  # nothing is chosen then, and nobody needs to know what the others saw
+        attention = mean_over_ranks(attention, query.shape[1], group)
+    torch.ops.tgvkv.evict_step(attention, *state[2:], layer, decode, sink_tokens)
+    return output
