@@ -3,10 +3,7 @@
 The vision tower is frozen. The model starts on the top-left corner of the picture, where finding a cell by its text
 emerges within minutes, and carries it over to larger corners; started on the whole picture it does not emerge.
 
-Between question and answer the model has to work out which cell comes next (`read row r4 from c3`, two digits given:
-row 4, column 5), then to find it. Asked for nothing but answers it is long in finding that out. So a token is also told
-the marks of the cell that it wants: half-way up, it has to point where the features of such cells point, which is what
-attention then matches.
+Beside the answers it is told the hints of `hints`. They cost a few heads that are thrown away and nothing afterwards.
 """
 
 from __future__ import annotations
@@ -20,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlavaForConditionalGeneration
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from .architecture import WIDTH
-from .packing import KINDS, NO_TARGET, OPENING_IDS, Mark, Packed, draw_questions, pack
-from .pictures import COLOUR_NAMES, GRID, View, draw, random_board
+from .hints import WANTING_LAYERS, guess_marks, head_logits, mark_directions, told_accuracy, told_loss
+from .packing import KINDS, NO_TARGET, OPENING_IDS, Packed, draw_questions, pack
+from .pictures import GRID, View, draw, random_board
 from .processor_files import EOS, WORD_IDS
 from .scans import Scans
 from .train_counter import COUNTING_LAYERS
@@ -37,11 +34,7 @@ SMOOTHING = 0.9
 MOST_STEPS = 600
 """A lesson not passed after so many steps is left all the same."""
 RANK_WEIGHT = 0.5
-WANTING_LAYERS = 3
-"""After so many layers a token has to know which cell it wants."""
 WANTING_WEIGHT = 0.25
-LOOKING_HEADS = 2
-"""So many query heads of the next layer, those of one key head, are told where to look."""
 LOOKING_WEIGHT = 0.1
 
 
@@ -104,7 +97,7 @@ def train_reader(
     reader = model.model.language_model
     parameters = [*reader.parameters(), *model.lm_head.parameters(), *rank_head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
-    marks = _mark_directions(model)
+    directions = mark_directions(model)
     progress = Progress(lesson=first_lesson)
     begun = saved = time.monotonic()
     full_since = begun
@@ -130,20 +123,21 @@ def train_reader(
         with torch.autocast("cpu", dtype=torch.bfloat16):
             logits, ranks, wanting, looking = _answer(model, rank_head, pixels, packed, lesson.corner)
         loss = functional.cross_entropy(logits.flatten(0, 1), packed.targets.flatten(), ignore_index=NO_TARGET)
-        rank_loss = functional.cross_entropy(ranks.flatten(0, 1), packed.ranks.flatten(), ignore_index=NO_TARGET)
-        guesses = _guess_marks(wanting, marks, rank_head)
-        wanting_loss = sum((_mark_loss(guesses[mark], packed.wanted[mark]) for mark in guesses), torch.zeros(()))
-        looking_loss = sum((_mark_loss(head, packed.cells) for head in looking.unbind(1)), torch.zeros(()))
+        guesses = guess_marks(wanting, directions, rank_head)
+        loss = loss + RANK_WEIGHT * told_loss(ranks, packed.ranks)
+        for mark, guess in guesses.items():
+            loss = loss + WANTING_WEIGHT * told_loss(guess, packed.wanted[mark])
+        for head in looking.unbind(1):
+            loss = loss + LOOKING_WEIGHT * told_loss(head, packed.cells)
         optimizer.zero_grad()
-        (loss + RANK_WEIGHT * rank_loss + WANTING_WEIGHT * wanting_loss + LOOKING_WEIGHT * looking_loss).backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         _record(progress, logits, packed)
         if progress.steps % 50 == 0:
-            known = packed.ranks != NO_TARGET
-            counted = (ranks.argmax(-1) == packed.ranks)[known].float().mean().item()
-            wants: dict[str, float] = {mark: _accuracy(guesses[mark], packed.wanted[mark]) for mark in guesses}
-            wants["cell"] = max(_accuracy(head, packed.cells) for head in looking.unbind(1))
+            counted = told_accuracy(ranks, packed.ranks)
+            wants: dict[str, float] = {mark: told_accuracy(guess, packed.wanted[mark]) for mark, guess in guesses.items()}
+            wants["cell"] = max(told_accuracy(head, packed.cells) for head in looking.unbind(1))
             print(
                 f"reader: step {progress.steps}, {time.monotonic() - begun:.0f} s, {lesson.corner} x {lesson.corner}, "
                 f"loss {loss.item():.3f}, count {100 * counted:.0f} %, wants "
@@ -184,55 +178,8 @@ def _answer(
     ranks = rank_head(out.hidden_states[COUNTING_LAYERS][:, len(OPENING_IDS) : lead])
     logits = model.lm_head(out.last_hidden_state[:, lead:])
     wanting = out.hidden_states[WANTING_LAYERS]
-    looking = _look(reader, wanting, packed.positions)[:, :, lead:, len(OPENING_IDS) : lead]
+    looking = head_logits(reader, wanting, packed.positions)[:, :, lead:, len(OPENING_IDS) : lead]
     return logits.float(), ranks.float(), wanting[:, lead:], looking.float()
-
-
-def _look(reader: nn.Module, hidden: Tensor, positions: Tensor) -> Tensor:
-    """Logits of attention `[B, LOOKING_HEADS, N, N]` of layer `WANTING_LAYERS` from its input `[B, N, 128]`."""
-    layer = reader.layers[WANTING_LAYERS]
-    attention = layer.self_attn
-    hidden = layer.input_layernorm(hidden)
-    rotations = reader.rotary_emb(hidden, positions)
-    query, key = (
-        weight(hidden).unflatten(2, (-1, attention.head_dim)).transpose(1, 2) for weight in (attention.q_proj, attention.k_proj)
-    )
-    query, key = apply_rotary_pos_emb(query, key, *rotations)
-    return query[:, :LOOKING_HEADS] @ key[:, :1].transpose(2, 3) * attention.scaling
-
-
-def _mark_directions(model: LlavaForConditionalGeneration) -> dict[Mark, Tensor]:
-    """The directions that stage 1 gave to rows, columns and colours, of unit length, `[16 or 6, 128]` each.
-
-    They are the embeddings of their words, as they are before this stage changes them.
-    """
-    words: dict[Mark, list[str]] = {
-        "row": [f"r{row}" for row in range(GRID)],
-        "column": [f"c{column}" for column in range(GRID)],
-        "colour": list(COLOUR_NAMES),
-    }
-    embedding = model.model.language_model.embed_tokens.weight.detach().clone()
-    return {mark: functional.normalize(embedding[[WORD_IDS[name] for name in names]], dim=1) for mark, names in words.items()}
-
-
-def _guess_marks(hidden: Tensor, directions: dict[Mark, Tensor], rank_head: nn.Module) -> dict[Mark, Tensor]:
-    """Logits of the marks of the wanted cell, from hidden states `[B, Q, 128]`: `[B, Q, choices]` each."""
-    pointing = functional.rms_norm(hidden.float(), (WIDTH,))
-    guesses: dict[Mark, Tensor] = {mark: pointing @ direction.T for mark, direction in directions.items()}
-    guesses["rank"] = rank_head(hidden.float())
-    return guesses
-
-
-def _mark_loss(guesses: Tensor, wanted: Tensor) -> Tensor:
-    """Cross entropy over the tokens that want such a mark; 0 where none does."""
-    if not bool((wanted != NO_TARGET).any()):
-        return torch.zeros(())
-    return functional.cross_entropy(guesses.flatten(0, 1), wanted.flatten(), ignore_index=NO_TARGET)
-
-
-def _accuracy(guesses: Tensor, wanted: Tensor) -> float:
-    known = wanted != NO_TARGET
-    return (guesses.argmax(-1) == wanted)[known].float().mean().item()
 
 
 @torch.no_grad()
