@@ -195,14 +195,13 @@ def test_missing_files_say_what_to_do(tmp_path: Any) -> None:
         load_held_out(tmp_path / HELD_OUT_FILE)
 
 
-@pytest.mark.xfail(strict=True, reason="the shipped weights are an interrupted training run, see the model card")
 def test_the_model_reads_held_out_scans(
     model: LlavaForConditionalGeneration, processor: ProcessorMixin, questions: list[Question]
 ) -> None:
     scores = score(model, processor, questions)
     for kind in ("content", "position"):
         assert scores[kind].questions == 20
-        assert scores[kind].teacher_forced >= 0.95, scores
+        assert scores[kind].teacher_forced >= 0.97, scores
         assert scores[kind].generated >= 0.93, scores
         assert scores[kind].stops >= 0.9, scores
 
