@@ -1,5 +1,6 @@
 """Several turns on one cache: texts, new pictures, copies and crops, against the reference that follows the same rules."""
 
+import copy
 import functools
 from typing import Any
 
@@ -10,10 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.support.models import Shape, make_inputs, make_model
-from tests.support.running import kept_of
+from tests.support.running import kept_of, positions_of
 from tests.support.talking import Conversation
 from tgvkv_compile import inspect_cache, tgvkv_backend
 from tgvkv_compile.config import EvictionConfig
+from tgvkv_compile.errors import PaddingError, StaleCacheError
 
 GROUPED = Shape(layers=2, heads=4, kv_heads=2, side=3, seed=7)
 MULTI = Shape(layers=2, heads=2, kv_heads=2, side=3, seed=3)
@@ -45,15 +47,15 @@ def text(samples: int, count: int, seed: int = 9) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("shape", "prompts", "second", "lowering"),
+    ("shape", "prompts", "second"),
     [
-        pytest.param(GROUPED, PADDED, SECOND, "eager", id="grouped-padded"),
-        pytest.param(MULTI, SINGLE, ((3, 7),), "eager", id="multi-single"),
+        pytest.param(GROUPED, PADDED, SECOND, id="grouped-padded"),
+        pytest.param(MULTI, SINGLE, ((3, 7),), id="multi-single"),
     ],
 )
-def test_pictures_in_later_turns(shape: Shape, prompts: Any, second: Any, lowering: Any) -> None:
+def test_pictures_in_later_turns(shape: Shape, prompts: Any, second: Any) -> None:
     """Question, answer, picture, answer, text, answer, picture, answer; the reserve is used up on the way."""
-    talk, backend = start(shape, EvictionConfig(0.3), lowering=lowering, growth_reserve=3)
+    talk, backend = start(shape, EvictionConfig(0.3), growth_reserve=3)
     samples = len(prompts)
     talk.say(turn(prompts, shape, 0)).steps(4)
     talk.say(turn(second, shape, 5)).steps(5)
@@ -72,6 +74,50 @@ def test_written_out_attention_and_a_vision_budget() -> None:
     talk, _ = start(shape, EvictionConfig(0.3, budget_of="vision", decode="fixed"))
     talk.say(turn(PADDED, shape, 0)).steps(3).say(turn(SECOND, shape, 5)).steps(3)
     assert talk.compared == 8 * 3
+
+
+def test_the_whole_budget_is_the_uncompiled_model() -> None:
+    model, stock = compiled(GROUPED, EvictionConfig(1.0))[0], make_model(GROUPED)
+    caches: list[Any] = [None, None]
+    mask = torch.empty(3, 0, dtype=torch.int64)
+    with torch.no_grad():
+        for number, prompts in enumerate((PADDED, SECOND)):
+            inputs = turn(prompts, GROUPED, number)
+            mask = inputs["attention_mask"] = torch.cat([mask, inputs["attention_mask"]], dim=1)
+            outputs = []
+            for index, each in enumerate((model, stock)):
+                positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -inputs["input_ids"].shape[1] :]
+                outputs.append(each(**inputs, position_ids=positions, past_key_values=caches[index], use_cache=True))
+                caches[index] = outputs[-1].past_key_values
+            torch.testing.assert_close(outputs[0].logits[:, -1], outputs[1].logits[:, -1], atol=1e-4, rtol=1e-4)
+    assert kept_of(caches[0]) == [[list(range(length))] * 2 for length in mask.sum(1).tolist()]
+
+
+def test_generate_takes_a_new_picture() -> None:
+    """The whole history, the new pictures alone, and the cache of the turn before."""
+    config = EvictionConfig(0.3)
+    model, backend = compiled(GROUPED, config)
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    first, second = turn(SINGLE, GROUPED, 0), turn(((3, 7),), GROUPED, 5)
+    output = model.generate(**first, **options)
+    history = torch.cat([output.sequences, second["input_ids"]], dim=1)
+    again = model.generate(
+        input_ids=history,
+        attention_mask=torch.ones_like(history),
+        pixel_values=second["pixel_values"],
+        past_key_values=output.past_key_values,
+        **options,
+    )
+    assert backend.graphs["vision_continuation"] == 1
+    talk = Conversation(model, make_model(GROUPED), config)
+    talk.say(first).steps(3)
+    # The last token that was generated is in the history and not yet in the cache.
+    second["input_ids"] = torch.cat([talk.tokens[-1][:, None], second["input_ids"]], dim=1)
+    second["attention_mask"] = torch.ones_like(second["input_ids"])
+    talk.say(second).steps(3)
+    assert again.sequences[0, history.shape[1] :].tolist() == torch.cat(talk.tokens[-4:]).tolist()
+    assert kept_of(again.past_key_values) == talk.session.kept
+    torch.testing.assert_close(again.logits[-1], talk.logits, atol=1e-4, rtol=1e-4)
 
 
 def test_copies_and_crops() -> None:
@@ -107,6 +153,24 @@ def test_a_batch_is_cropped_after_eviction() -> None:
     assert left != whole and all(set(a) <= set(b) for x, y in zip(left, whole, strict=True) for a, b in zip(x, y, strict=True))
     talk.say(text(3, 5)).steps(4)
     assert talk.session.fragile == [None] * 3
+
+
+def test_right_padding_of_a_picture_turn_is_refused_and_changes_nothing() -> None:
+    talk, _ = start(GROUPED, EvictionConfig(0.3))
+    talk.say(turn(((5, 9), (3, 8)), GROUPED, 0)).steps(1)
+    wrong = turn(((4, 6), (4, 3)), GROUPED, 5)
+    wrong = {name: value.flip(1) if value.dim() == 2 else value for name, value in wrong.items()}
+    mask = torch.cat([talk.mask, wrong["attention_mask"]], dim=1)
+    wrong["position_ids"] = positions_of(mask)[:, -wrong["input_ids"].shape[1] :]
+    kept, length = kept_of(talk.cache), talk.cache.get_seq_length()
+    old = copy.copy(talk.cache)  # the same handles, which a later call replaces in the layers of the other
+    old.layers = [copy.copy(layer) for layer in talk.cache.layers]
+    with torch.no_grad(), pytest.raises(PaddingError, match="sample 1 of the batch is padded on the right"):
+        talk._compiled(**{**wrong, "attention_mask": mask}, past_key_values=talk.cache, use_cache=True)
+    assert talk.cache.get_seq_length() == length and kept_of(talk.cache) == kept
+    talk.say(turn(((4, 6), (4, 3)), GROUPED, 5)).steps(2)
+    with torch.no_grad(), pytest.raises(StaleCacheError, match="copy.deepcopy"):
+        talk._compiled(**{**wrong, "attention_mask": mask}, past_key_values=old, use_cache=True)
 
 
 CONFIGS = (EvictionConfig(0.3), EvictionConfig(9, budget_of="vision", budgeting="waterfill", decode="fixed", sink_tokens=2))
