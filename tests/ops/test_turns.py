@@ -1,5 +1,7 @@
 """A later turn with new vision: the functions of the graph against the oracle, and the oracle against the rule in words."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -134,6 +136,18 @@ def test_no_layer_keeps_more_than_there_is() -> None:
     oracle.config = EvictionConfig(0.9, budgeting="uniform")
     oracle.extend_with_vision([paid(6, len(kept) + 6, seed=5) for kept in oracle.kept], vision_at(6, (0, 4)))
     assert all(len(kept) == 8 + 6 for kept in oracle.kept) and oracle.rate.tolist() == pytest.approx([0.9] * LAYERS)
+
+
+def test_a_vision_budget_counts_vision_that_is_gone() -> None:
+    """Fifteen vision tokens in all: six are kept beside the fifteen of text, although only nine are left to choose from."""
+    history = vision_at(20, (4, 10))[None]
+    new = turn_roles(vision_at(10, (2, 5))[None], None, torch.tensor([20]))
+    survivors = torch.tensor([[0, 1, 2, 3, 5, 6, 7, 8, *range(14, 20)]])
+    candidates = candidate_roles(history, survivors, new)
+    assert int(candidates.vision.sum()) == 9 and int(candidates.valid.sum()) == 24
+    options: dict[str, Any] = {"budget": 0.4, "budget_of": "vision", "budgeting": "uniform"}
+    found = allocate_again((torch.ones(1),), (candidates,), history, new, torch.ones(1, 1), **options)
+    assert found.kept.tolist() == [[21]] and found.rate.tolist() == [[pytest.approx(21 / 30)]]
 
 
 def test_a_turn_without_new_vision_is_a_continuation() -> None:
