@@ -2,7 +2,7 @@
 
 import torch
 
-from tgvkv_compile.fx.meta import fake_tensor, source_line
+from tgvkv_compile.fx.meta import fake_tensor, same_size, source_line
 from tgvkv_compile.fx.targets import target_name
 from tgvkv_compile.plan import AttentionSite, KVAppend, Miss, ModalityMask, Plan
 
@@ -22,6 +22,8 @@ def plan_graph(
     ================  ==========================  =================  ==============
     none              yes                         any                prefill
     none              no                          any                dense (text-only prompt)
+    none, of several  either                      any                miss (cross-attention, encoder-decoder)
+    lengths
     handles           no                          1                  decode
     handles           no                          more               continuation
     no KV append      handles are inputs all the same                miss (it would compute on handles)
@@ -40,6 +42,9 @@ def plan_graph(
         The plan. Where the graph is a decoder that must be rewritten and cannot be, `kind` is `"dense"` and `misses`
         says why; a dense graph without misses is not ours to change.
     """
+    crossing = _crossing(appends)
+    if crossing:
+        return Plan("dense", "vision is attended to across, not among the decoder's own tokens", misses=crossing)
     pasts = {append.past.name for append in appends if append.past is not None}
     handles = pasts & compressed
     if not compressed and modality is None:
@@ -74,6 +79,24 @@ def _unexpected(placeholder: str) -> Miss:
         "took the decoder apart, TORCH_LOGS=graph_breaks tells where"
     )
     return Miss(placeholder, "placeholder", reason, "(an input of the graph)")
+
+
+def _crossing(appends: tuple[KVAppend, ...]) -> tuple[Miss, ...]:
+    """The appends of a first call that hold other tokens than the first append does."""
+    first_call = [append for append in appends if append.past is None]
+    if not first_call:
+        return ()
+    prompt = fake_tensor(first_call[0].new).shape[2]
+    return tuple(
+        _at(
+            append,
+            f"its first entries are {length} tokens where the first layer's are {prompt}: cross-attention (an encoder-decoder, "
+            "or a model such as mllama that keeps vision apart from the prompt). Text-guided eviction needs vision tokens "
+            "among the decoder's own; on_unsupported='passthrough' runs the model uncompressed",
+        )
+        for append in first_call
+        if not same_size(length := fake_tensor(append.new).shape[2], prompt)
+    )
 
 
 def _disagreements(sites: tuple[AttentionSite, ...]) -> list[Miss]:
