@@ -29,7 +29,8 @@ TAIL = """
 | family | why |
 | --- | --- |
 | mllama, and others with cross-attention | vision is not among the decoder's own tokens |
-| florence2, and other encoder-decoders | as above: the decoder attends across to the encoder's tokens |
+| ovis2 | it branches on data between merge and decoder, so that dynamo compiles the decoder alone, which is handed embeddings |
+| florence2, and other encoder-decoders | the decoder attends across to the encoder's tokens |
 
 The error names the layer and its source line; `on_unsupported="passthrough"` runs such a model uncompressed.
 """

@@ -19,6 +19,7 @@ from tgvkv_compile.ops.state import CompactState
 from tgvkv_compile.passes.extract_vision_count import extract_vision_count
 from tgvkv_compile.passes.find_appends import find_appends
 from tgvkv_compile.passes.find_attention import find_attention
+from tgvkv_compile.passes.find_embedding import find_embedding
 from tgvkv_compile.passes.find_modality import find_modality
 from tgvkv_compile.passes.insert_budgeting import insert_budgeting
 from tgvkv_compile.passes.insert_continuation import insert_continuation
@@ -149,13 +150,14 @@ class Findings:
     sites: tuple[AttentionSite, ...]
     modality: ModalityMask | None
     misses: tuple[Miss, ...]
+    embedding: Node | None
 
 
 def find_all(gm: GraphModule) -> Findings:
     """Runs every finder; changes nothing."""
     appends, append_misses = find_appends(gm)
     sites, site_misses = find_attention(gm, appends)
-    return Findings(appends, sites, find_modality(gm), append_misses + site_misses)
+    return Findings(appends, sites, find_modality(gm), append_misses + site_misses, find_embedding(gm, appends))
 
 
 def plan_of(gm: GraphModule, compressed: frozenset[str]) -> Plan:
@@ -170,7 +172,9 @@ def plan_of(gm: GraphModule, compressed: frozenset[str]) -> Plan:
 
 def plan_found(found: Findings, compressed: frozenset[str]) -> Plan:
     """Plans from what was found; see `plan_of`."""
-    return plan_graph(found.appends, found.sites, found.modality, found.misses, compressed=compressed)
+    return plan_graph(
+        found.appends, found.sites, found.modality, found.misses, compressed=compressed, embedding=found.embedding
+    )
 
 
 def rewrite_graph(

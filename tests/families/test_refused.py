@@ -1,4 +1,4 @@
-"""Models that keep vision apart from the prompt have nothing that text-guided eviction could work on, and are refused."""
+"""Models that text-guided eviction cannot work on are refused, never run dense without a word."""
 
 from typing import Any
 
@@ -12,8 +12,8 @@ from transformers import (
     MllamaForConditionalGeneration,
 )
 
-from tests.families.family import IMAGE, PAD
-from tests.families.table import TEXT
+from tests.families.family import IMAGE, PAD, make_inputs, make_model
+from tests.families.table import FAMILIES, TEXT
 from tgvkv_compile import tgvkv_backend
 from tgvkv_compile.errors import UnsupportedGraphError
 
@@ -92,3 +92,14 @@ def test_vision_apart_from_the_prompt(make: Any, give: Any) -> None:
         model.generate(**inputs, **options)
     text = str(caught.value)
     assert "cross-attention" in text and "mllama" in text and "on_unsupported='passthrough'" in text and ".py:" in text
+
+
+def test_vision_merged_in_code_that_dynamo_leaves_uncompiled() -> None:
+    """ovis2 branches on data in a loop, so dynamo compiles nothing but the decoder, which then looks like text only."""
+    family = FAMILIES["ovis2"]
+    model = make_model(family)
+    inputs = make_inputs(family, model, ((5, "image", 9),))
+    model.compile(backend=tgvkv_backend(0.3, lowering="eager"))
+    with pytest.raises(UnsupportedGraphError, match="handed embeddings, not tokens") as caught:
+        model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    assert "inputs_embeds" in str(caught.value) and "TORCH_LOGS=graph_breaks" in str(caught.value)

@@ -15,6 +15,7 @@ aten = torch.ops.aten
 
 _FUNCTIONS: dict[Callable[..., Any], str] = {
     torch._C._nn.scaled_dot_product_attention: "sdpa",
+    torch.nn.functional.embedding: "embedding",
     torch.nn.functional.softmax: "softmax",
     torch.nn.functional.dropout: "dropout",
     torch.softmax: "softmax",
@@ -36,6 +37,7 @@ _FUNCTIONS: dict[Callable[..., Any], str] = {
     torch.repeat_interleave: "repeat_interleave",
     torch.masked_scatter: "masked_scatter",
     aten.scaled_dot_product_attention.default: "sdpa",
+    aten.embedding.default: "embedding",
     aten.softmax.int: "softmax",
     aten._softmax.default: "softmax",
     aten.dropout.default: "dropout",
