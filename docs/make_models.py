@@ -14,7 +14,7 @@ positions after the prefill and after every step, logits and tokens of stock `ge
 
 - **video**: tried with videos as well.
 - **graphs**: compiled for a prefill and for decoding, through `generate`. Where decoding takes two, the second is for
-  sliding windows that are full.
+  sliding windows or chunks that are full.
 - **direct calls**: graphs of a prefill with `pixel_values` given to the model itself, vision tower included, and of
   decoding. `-`: not tried, or the vision tower reads sizes from data, which dynamo cannot trace (qwen, glm, pixtral);
   `generate` runs the tower uncompiled, before.
