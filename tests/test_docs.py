@@ -1,14 +1,27 @@
-"""The generated page of passes is the one that the docstrings give."""
+"""The generated pages are the ones that the docstrings, and the record of the families, give."""
 
 import importlib.util
+import json
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+import pytest
+
+from tests.families.table import FAMILIES
+
+DOCS = Path(__file__).parent.parent / "docs"
 
 
-def test_passes_page_is_up_to_date() -> None:
-    spec = importlib.util.spec_from_file_location("make_passes", ROOT / "docs" / "make_passes.py")
+@pytest.mark.parametrize("page", ["passes", "models"])
+def test_a_generated_page_is_up_to_date(page: str) -> None:
+    spec = importlib.util.spec_from_file_location(f"make_{page}", DOCS / f"make_{page}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert (ROOT / "docs" / "passes.md").read_text(encoding="utf-8") == module.render(), "run `make docs`"
+    assert (DOCS / f"{page}.md").read_text(encoding="utf-8") == module.render(), f"run `python docs/make_{page}.py`"
+
+
+def test_every_family_of_the_table_is_in_the_record() -> None:
+    record = json.loads((DOCS / "models.json").read_text(encoding="utf-8"))
+    assert set(record) == set(FAMILIES) - {"ovis2"}  # refused, see tests/families/test_refused.py
+    for name, entry in record.items():
+        assert not entry["video"] or "video" in FAMILIES[name].media

@@ -20,6 +20,7 @@ from tgvkv_compile.ops.state import CompactState, Survivors
 from tgvkv_compile.passes.extract_vision_count import extract_vision_count
 from tgvkv_compile.passes.find_appends import find_appends
 from tgvkv_compile.passes.find_attention import find_attention
+from tgvkv_compile.passes.find_embedding import find_embedding
 from tgvkv_compile.passes.find_modality import find_modality
 from tgvkv_compile.passes.find_tensor_parallel import find_tensor_parallel
 from tgvkv_compile.passes.insert_budgeting import insert_budgeting
@@ -173,6 +174,7 @@ class Findings:
     modality: ModalityMask | None
     misses: tuple[Miss, ...]
     tensor_parallel: TensorParallel | None
+    embedding: Node | None
 
 
 def find_all(gm: GraphModule) -> Findings:
@@ -180,7 +182,14 @@ def find_all(gm: GraphModule) -> Findings:
     appends, append_misses = find_appends(gm)
     sites, site_misses = find_attention(gm, appends)
     tensor_parallel, split_misses = find_tensor_parallel(gm, sites)
-    return Findings(appends, sites, find_modality(gm), append_misses + site_misses + split_misses, tensor_parallel)
+    return Findings(
+        appends,
+        sites,
+        find_modality(gm),
+        append_misses + site_misses + split_misses,
+        tensor_parallel,
+        find_embedding(gm, appends),
+    )
 
 
 def plan_of(gm: GraphModule, compressed: frozenset[str]) -> Plan:
@@ -201,6 +210,7 @@ def plan_found(found: Findings, compressed: frozenset[str]) -> Plan:
         found.modality,
         found.misses,
         compressed=compressed,
+        embedding=found.embedding,
         tensor_parallel=found.tensor_parallel,
     )
 

@@ -23,6 +23,7 @@ from tests.passes.decoder import (
 from tgvkv_compile.fx.meta import output_nodes
 from tgvkv_compile.passes.find_appends import find_appends
 from tgvkv_compile.passes.find_attention import find_attention
+from tgvkv_compile.passes.find_embedding import find_embedding
 from tgvkv_compile.passes.find_modality import find_modality
 from tgvkv_compile.passes.plan_graph import plan_graph
 from tgvkv_compile.plan import Plan
@@ -48,7 +49,10 @@ def planned(gm: GraphModule) -> tuple[Plan, int]:
     appends, misses = find_appends(gm)
     sites, more = find_attention(gm, appends)
     pasts = frozenset(append.past.name for append in appends if append.past is not None)
-    return plan_graph(appends, sites, find_modality(gm), misses + more, compressed=pasts), len(appends)
+    embedding = find_embedding(gm, appends)
+    assert embedding is not None
+    plan = plan_graph(appends, sites, find_modality(gm), misses + more, compressed=pasts, embedding=embedding)
+    return plan, len(appends)
 
 
 BOTH = pytest.mark.parametrize("strict", [False, True])

@@ -53,6 +53,29 @@ def test_what_is_not_ours_stays_dense() -> None:
     assert (plan.kind, plan.misses) == ("dense", ())  # an unknown form matters only where something is to be evicted
 
 
+def test_embeddings_without_tokens_are_a_miss() -> None:
+    """A text-only prompt, for all that can be seen; but vision may have been merged before."""
+    model = Decoder()
+    model.embed = torch.nn.Identity()
+    plan, _ = planned(model, torch.randn(1, 6, 16))
+    assert plan.kind == "dense" and "handed embeddings, not tokens" in plan.misses[0].reason
+    plan, _ = planned(model, torch.randn(1, 1, 16), None, full_cache(7))
+    assert (plan.kind, plan.misses) == ("dense", ())  # goes on with a cache that was not compressed
+
+
+class _CrossLayer(Layer):
+    """Attends to three tokens that are not the prompt's."""
+
+    def store(self, past: Any, k: torch.Tensor, v: torch.Tensor) -> Any:
+        return super().store(past, k[:, :, :3], v[:, :, :3])
+
+
+def test_cross_attention_is_a_miss() -> None:
+    plan, _ = planned(Decoder(masked, kind=(Layer, _CrossLayer)), tokens()[:, :6], None, None, None)
+    assert plan.kind == "dense" and len(plan.misses) == 2
+    assert all("are 3 tokens where the first layer's are 6: cross-attention" in miss.reason for miss in plan.misses)
+
+
 class _Uncached(Decoder):
     def forward(self, *args: Any) -> Any:
         return super().forward(*args)[0]

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicLayer
+from transformers.masking_utils import sdpa_mask
 
-from tests.support.running import Trace, positions_of
+from tests.support.running import Kept, Trace, positions_of, traced_generate
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.ops.oracle import Oracle
 
@@ -43,19 +44,25 @@ class Session:
     Args:
         model: A transformers model; it is copied.
         config: The eviction options.
-        image_token: Id of vision placeholders.
+        image_token: Ids of vision placeholders.
     """
 
-    def __init__(self, model: Any, config: EvictionConfig, *, image_token: int) -> None:
+    def __init__(self, model: Any, config: EvictionConfig, *, image_token: int | Sequence[int]) -> None:
         self._model = copy.deepcopy(model)
         self._model._compiled_call_impl = None
-        self._model.set_attn_implementation({"text_config": _NAME})
-        self._config, self._image_token = config, image_token
+        apart = "text_config" in self._model.config.sub_configs  # from the vision tower
+        self._model.set_attn_implementation({"text_config": _NAME} if apart else _NAME)
+        for module in self._model.modules():
+            if hasattr(module, "layer_idx"):
+                module.reference = self
+        self._config, self._image_token = config, torch.tensor(image_token).reshape(-1)
         self._cache: Any = None
         self._valid = torch.empty(0)
         self._oracles: list[Oracle] = []
         self._twins: list[tuple[Oracle, Oracle]] = []  # their attention is a little off, one way and the other
         self._attention: dict[int, Tensor] = {}
+        self._visible: dict[int, Tensor] = {}
+        self._evicted: list[int] = []  # the model's layers that the oracles' layers are
         self.calls = 0
         self.dense = False
         self.fragile: list[int | None] = []
@@ -68,26 +75,38 @@ class Session:
             inputs: `input_ids`, `attention_mask` (over all that was put in so far) and, where there are pictures,
                 `pixel_values`. A later call of several tokens is a turn; it may be padded on the left.
         """
-        self._valid = inputs["attention_mask"].bool()
-        first = self._cache is None
         count = inputs["input_ids"].shape[1]
-        self._attention = {}
         output = self._model(
             **inputs,
             position_ids=positions_of(inputs["attention_mask"])[:, -count:],
             past_key_values=self._cache,
             use_cache=True,
-            reference=self,
         )
-        self._cache = output.past_key_values
+        self._take_in(inputs["input_ids"], inputs["attention_mask"], output.past_key_values)
+        return output.logits[:, -1].float()
+
+    def generate(self, inputs: dict[str, Tensor], steps: int) -> "ReferenceTrace":
+        """A prompt and `steps` decode steps through stock `generate`, which knows what else a model's calls need."""
+
+        def look(cache: Any, mask: Tensor) -> Kept:
+            self._take_in(inputs["input_ids"] if self._cache is None else inputs["input_ids"][:, :1], mask, cache)
+            return self.kept
+
+        found = traced_generate(self._model, inputs, steps, look)
+        return ReferenceTrace(**vars(found), masses=self.masses, fragile=list(self.fragile), session=self)
+
+    def _take_in(self, tokens: Tensor, mask: Tensor, cache: Any) -> None:
+        """Shows the oracles the attention of a call that the model has just done."""
+        first, count = self._cache is None, tokens.shape[1]
+        self._valid, self._cache = mask.bool(), cache
         if first:
-            self._prefill(inputs["input_ids"] == self._image_token)
+            self._evicted = [index for index, layer in enumerate(cache.layers) if type(layer) is DynamicLayer]
+            self._prefill(torch.isin(tokens, self._image_token))
         elif not self.dense and count == 1:
             self._decode()
         elif not self.dense:
             self._turn(inputs["input_ids"] == self._image_token)
         self.calls += 1
-        return output.logits[:, -1].float()
 
     @property
     def kept(self) -> list[list[list[int]]]:
@@ -102,29 +121,34 @@ class Session:
         """`[B, L]`."""
         return torch.stack([oracle.mass for oracle in self._oracles]) if self._oracles else torch.empty(0)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Attention over all that is still seen; `[B, Q, H, D]`."""
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+        """Attention over all that is still seen; `[B, Q, H, D]`.
+
+        Args:
+            layer: Of the model.
+            query: `[B, H, Q, D]`.
+            key: `[B, Hkv, S, D]`.
+            value: `[B, Hkv, S, D]`.
+            mask: `[B, 1, Q, S]` bool, what the model lets attention see.
+            scale: The factor on the logits.
+        """
         group = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
         logits = query.float() @ key.float().transpose(2, 3) * scale
-        visible = self._visible(layer, query.shape[2], key.shape[2])[:, None]
+        visible = mask & self._not_evicted(layer, query.shape[2], mask)
         attention = logits.masked_fill(~visible, float("-inf")).softmax(-1).masked_fill(~visible, 0.0)
-        self._attention[layer] = attention
+        self._attention[layer], self._visible[layer] = attention, visible[:, 0]
         return (attention @ value.float()).to(query.dtype).transpose(1, 2)
 
-    def _visible(self, layer: int, queries: int, columns: int) -> Tensor:
-        """`[B, Q, S]`; an evicted entry is not seen, nor is padding, nor what comes later."""
-        row = torch.arange(columns - queries, columns)
-        visible = self._valid[:, None, :] & (torch.arange(columns) <= row[:, None])
-        if not self._oracles:
-            return visible
-        known = columns - queries
-        for sample, oracle in enumerate(self._oracles):
-            seen = torch.zeros(columns, dtype=torch.bool)
-            seen[known:] = True
-            seen[self._columns(sample, oracle.kept[layer])] = True
-            visible[sample] &= seen
-        return visible
+    def _not_evicted(self, layer: int, queries: int, mask: Tensor) -> Tensor:
+        """Bool, as `mask`; the new tokens are all there."""
+        present = torch.ones_like(mask)
+        if layer in self._evicted and self._oracles:
+            known = mask.shape[3] - queries
+            present[..., :known] = False
+            for sample, oracle in enumerate(self._oracles):
+                present[sample, :, :, self._columns(sample, oracle.kept[self._evicted.index(layer)])] = True
+        return present
 
     def _columns(self, sample: int, positions: list[int]) -> Tensor:
         """Columns of the padded batch."""
@@ -136,11 +160,12 @@ class Session:
         if self.dense:
             return
         for sample, valid in enumerate(self._valid):
-            attention = [self._attention[layer][sample][:, valid][:, :, valid] for layer in sorted(self._attention)]
+            attention = [self._attention[layer][sample][:, valid][:, :, valid] for layer in self._evicted]
+            visible = self._visible[self._evicted[0]][sample][valid][:, valid]
             stacked = torch.stack(attention).mean(1)
             oracles = [Oracle(self._config) for _ in range(3)]
             for oracle, sign in zip(oracles, (0, 1, -1), strict=True):
-                oracle.prefill(_disturbed(stacked, sign), vision[sample, valid])
+                oracle.prefill(_disturbed(stacked, sign), vision[sample, valid], visible)
             self._oracles.append(oracles[0])
             self._twins.append((oracles[1], oracles[2]))
             self._compare(sample)
@@ -172,9 +197,9 @@ class Session:
 
     def _decode(self) -> None:
         for sample, oracle in enumerate(self._oracles):
-            for layer, attention in self._attention.items():
+            for layer, index in enumerate(self._evicted):
                 seen = self._columns(sample, oracle.attended(layer))
-                paid = attention[sample, :, 0, :].mean(0)[seen]
+                paid = self._attention[index][sample, :, 0, :].mean(0)[seen]
                 oracle.decode(layer, paid)
                 for twin, sign in zip(self._twins[sample], (1, -1), strict=True):
                     if twin.attended(layer) != oracle.attended(layer) and self.fragile[sample] is not None:
@@ -195,21 +220,20 @@ def _disturbed(attention: Tensor, sign: int) -> Tensor:
 
 
 def _attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    reference: Session,
-    **_: Any,
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float, **_: Any
 ) -> tuple[Tensor, None]:
-    """transformers' interface of an attention function. It has no mask function: the session knows what is seen."""
-    assert attention_mask is None
-    return reference.attend(module.layer_idx, query, key, value, scaling), None
+    """transformers' interface of an attention function."""
+    session: Session = module.reference
+    return session.attend(module.layer_idx, query, key, value, attention_mask, scaling), None
+
+
+def _mask(**options: Any) -> Tensor | None:
+    """transformers' interface of a mask function: the model's mask, and never None."""
+    return sdpa_mask(**{**options, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
 
 
 AttentionInterface.register(_NAME, _attention)
+AttentionMaskInterface.register(_NAME, _mask)
 
 
 def reference(

@@ -1,7 +1,7 @@
 """Hand-written greedy decoding that looks into the cache after every step."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +61,47 @@ def kept_of(cache: Any) -> Kept:
 def positions_of(mask: Tensor) -> Tensor:
     """Position ids as `generate` makes them from an attention mask."""
     return (mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def traced_generate(
+    model: Any, inputs: dict[str, Tensor], steps: int, look: Callable[[Any, Tensor], Kept] | None = None, **options: Any
+) -> Trace:
+    """A prompt and `steps` decode steps through stock `generate`, with a look into the cache after every call.
+
+    Args:
+        model: A transformers model.
+        inputs: Of the prompt.
+        steps: How many.
+        look: Given the cache and the attention mask of what is in it, tells what is kept; `kept_of` by default.
+        **options: Of `generate`.
+    """
+    trace, kept = Trace(), []
+    update = model._update_model_kwargs_for_generation
+
+    def looking(outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        trace.cache, mask = outputs.past_key_values, model_kwargs.get("attention_mask")
+        # `generate` leaves out a mask that masks nothing.
+        length = (inputs["input_ids"].shape[0], trace.cache.get_seq_length())
+        trace.mask = mask if mask is not None else torch.ones(length, dtype=torch.int64)
+        kept.append(look(trace.cache, trace.mask) if look is not None else kept_of(trace.cache))
+        return update(outputs, model_kwargs, *args, **kwargs)
+
+    model._update_model_kwargs_for_generation = looking  # `generate` calls it after every call of the model
+    try:
+        output = model.generate(
+            **inputs,
+            max_new_tokens=steps + 1,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+            **options,
+        )
+    finally:
+        del model._update_model_kwargs_for_generation
+    tokens = output.sequences[:, inputs["input_ids"].shape[1] :]
+    for logits, of_call, token in zip(output.logits, kept, tokens.unbind(1), strict=True):
+        assert torch.equal(trace.add(logits.float(), of_call), token)
+    return trace
 
 
 @torch.no_grad()

@@ -43,6 +43,12 @@ def partial_over(value: object) -> str | None:
     return None
 
 
+def same_size(left: Any, right: Any) -> bool:
+    """Whether two sizes are written alike; unlike `==`, asking adds no guard on a symbolic one."""
+    expressions = [size.node.expr if isinstance(size, torch.SymInt) else size for size in (left, right)]
+    return bool(expressions[0] == expressions[1])
+
+
 def set_fake_value(node: Node, value: Any) -> None:
     """Records the fake value under the key that dynamo graphs use."""
     node.meta["example_value"] = value

@@ -15,6 +15,7 @@ aten = torch.ops.aten
 
 _FUNCTIONS: dict[Callable[..., Any], str] = {
     torch._C._nn.scaled_dot_product_attention: "sdpa",
+    torch.nn.functional.embedding: "embedding",
     torch.nn.functional.softmax: "softmax",
     torch.nn.functional.dropout: "dropout",
     torch.softmax: "softmax",
@@ -39,6 +40,7 @@ _FUNCTIONS: dict[Callable[..., Any], str] = {
     aten.linear.default: "linear",
     aten.addmm.default: "addmm",
     aten.scaled_dot_product_attention.default: "sdpa",
+    aten.embedding.default: "embedding",
     aten.softmax.int: "softmax",
     aten._softmax.default: "softmax",
     aten.dropout.default: "dropout",

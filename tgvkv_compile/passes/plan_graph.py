@@ -1,10 +1,17 @@
 """Plan: what to do with a graph, from what the finders found in it."""
 
 import torch
+from torch.fx import Node
 
-from tgvkv_compile.fx.meta import fake_tensor, source_line
+from tgvkv_compile.fx.meta import fake_tensor, same_size, source_line
 from tgvkv_compile.fx.targets import target_name
 from tgvkv_compile.plan import AttentionSite, KVAppend, Miss, ModalityMask, Plan, TensorParallel
+
+_UNSEEN = (
+    "the decoder is handed embeddings, not tokens: vision may have been merged outside of this graph. Either dynamo left that "
+    "code uncompiled (TORCH_LOGS=graph_breaks tells where), or inputs_embeds was given; give input_ids, or run uncompressed "
+    "with on_unsupported='passthrough'"
+)
 
 
 def plan_graph(
@@ -14,6 +21,7 @@ def plan_graph(
     misses: tuple[Miss, ...],
     *,
     compressed: frozenset[str],
+    embedding: Node | None,
     tensor_parallel: TensorParallel | None = None,
 ) -> Plan:
     """Decides between prefill, decode, the two continuations and dense.
@@ -22,7 +30,10 @@ def plan_graph(
     past of the KV    vision merged in the graph  queries            kind
     ================  ==========================  =================  ===================
     none              yes                         any                prefill
-    none              no                          any                dense (text-only prompt)
+    none              no                          any                dense (text-only prompt); a miss where the graph
+                                                                     is handed embeddings, not tokens
+    none, of several  either                      any                miss (cross-attention, encoder-decoder)
+    lengths
     handles           no                          1                  decode
     handles           no                          more               continuation
     handles           yes                         any                vision_continuation
@@ -37,14 +48,21 @@ def plan_graph(
         modality: From `find_modality`.
         misses: Of all finders.
         compressed: Names of the placeholders that hold handles of a compact cache.
+        embedding: From `find_embedding`.
         tensor_parallel: From `find_tensor_parallel`.
 
     Returns:
         The plan. Where the graph is a decoder that must be rewritten and cannot be, `kind` is `"dense"` and `misses`
         says why; a dense graph without misses is not ours to change.
     """
+    crossing = _crossing(appends)
+    if crossing:
+        return Plan("dense", "vision is attended to across, not among the decoder's own tokens", misses=crossing)
     pasts = {append.past.name for append in appends if append.past is not None}
     handles = pasts & compressed
+    unseen = not compressed and modality is None and embedding is None
+    if unseen and appends and not pasts:
+        return Plan("dense", "where vision stands in the prompt cannot be seen", misses=(_at(appends[0], _UNSEEN),))
     if not compressed and modality is None:
         what = "no KV append in the graph" if not appends else "text-only prompt or uncompressed cache, nothing to evict"
         return Plan("dense", what, sites)
@@ -82,6 +100,24 @@ def _unexpected(placeholder: str) -> Miss:
         "took the decoder apart, TORCH_LOGS=graph_breaks tells where"
     )
     return Miss(placeholder, "placeholder", reason, "(an input of the graph)")
+
+
+def _crossing(appends: tuple[KVAppend, ...]) -> tuple[Miss, ...]:
+    """The appends of a first call that hold other tokens than the first append does."""
+    first_call = [append for append in appends if append.past is None]
+    if not first_call:
+        return ()
+    prompt = fake_tensor(first_call[0].new).shape[2]
+    return tuple(
+        _at(
+            append,
+            f"its first entries are {length} tokens where the first layer's are {prompt}: cross-attention (an encoder-decoder, "
+            "or a model such as mllama that keeps vision apart from the prompt). Text-guided eviction needs vision tokens "
+            "among the decoder's own; on_unsupported='passthrough' runs the model uncompressed",
+        )
+        for append in first_call
+        if not same_size(length := fake_tensor(append.new).shape[2], prompt)
+    )
 
 
 def _disagreements(sites: tuple[AttentionSite, ...]) -> list[Miss]:

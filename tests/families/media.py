@@ -1,0 +1,166 @@
+"""What processors make of a picture or a video, and the tokens that they put in its place."""
+
+import torch
+from torch import Tensor
+
+from tests.families.family import CLOSE, COLUMN, FAKE, IMAGE, OPEN, ROW, VIDEO, Media
+
+SIDE = 16  # pixels
+PATCH = 4
+IN_PATCH = 3 * 2 * PATCH**2  # numbers in a patch of two frames
+
+
+def pixels(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=generator)
+
+
+# Pictures
+
+
+def square(generator: torch.Generator) -> Media:
+    return {"pixel_values": pixels(generator, 1, 3, SIDE, SIDE)}
+
+
+def square_as_image(generator: torch.Generator) -> Media:
+    """For video_llava, which names its inputs by kind."""
+    return {"pixel_values_images": pixels(generator, 1, 3, SIDE, SIDE)}
+
+
+def large_square(generator: torch.Generator) -> Media:
+    """For got_ocr2, which makes one token of 4 by 4 patches."""
+    return {"pixel_values": pixels(generator, 1, 3, 4 * SIDE, 4 * SIDE)}
+
+
+def tiled(generator: torch.Generator) -> Media:
+    """A picture of 16 by 32 pixels: one tile of the whole and two of its halves; the others are a batch's padding."""
+    tiles = pixels(generator, 1, 5, 3, SIDE, SIDE)
+    tiles[:, 3:] = 0
+    return {"pixel_values": tiles, "image_sizes": torch.tensor([[SIDE, 2 * SIDE]])}
+
+
+def sized(generator: torch.Generator) -> Media:
+    """Pixtral: 4 by 6 patches."""
+    return {"pixel_values": pixels(generator, 1, 3, SIDE, 24), "image_sizes": torch.tensor([[SIDE, 24]])}
+
+
+def grid(generator: torch.Generator) -> Media:
+    """Qwen: 4 by 8 patches, or 8 by 4."""
+    height, width = (4, 8) if torch.rand((), generator=generator) < 0.5 else (8, 4)
+    return {"pixel_values": pixels(generator, 32, IN_PATCH), "image_grid_thw": torch.tensor([[1, height, width]])}
+
+
+def grid_of_patches(generator: torch.Generator) -> Media:
+    """For paddleocr_vl."""
+    return {"pixel_values": pixels(generator, 32, 3, PATCH, PATCH), "image_grid_thw": torch.tensor([[1, 4, 8]])}
+
+
+def grid_to_merge(generator: torch.Generator) -> Media:
+    """For video_llama_3, which says per picture how many patches become a token."""
+    grid_thw, merge = torch.tensor([[1, 4, 4]]), torch.tensor([1])
+    return {"pixel_values": pixels(generator, 16, 3 * PATCH**2), "image_grid_thw": grid_thw, "image_merge_sizes": merge}
+
+
+def masked(generator: torch.Generator) -> Media:
+    """Idefics."""
+    return {**square(generator), "pixel_attention_mask": torch.ones(1, SIDE, SIDE, dtype=torch.int64)}
+
+
+def masked_for_aria(generator: torch.Generator) -> Media:
+    return {**square(generator), "pixel_mask": torch.ones(1, SIDE, SIDE, dtype=torch.bool)}
+
+
+def packed(generator: torch.Generator) -> Media:
+    """Siglip 2: a list of patches and its shape."""
+    mask = torch.ones(1, 16, dtype=torch.int64)
+    shape = torch.tensor([[4, 4]])
+    return {"pixel_values": pixels(generator, 1, 16, 3 * PATCH**2), "spatial_shapes": shape, "pixel_attention_mask": mask}
+
+
+# Videos
+
+
+def frames(generator: torch.Generator) -> Media:
+    return {"pixel_values_videos": pixels(generator, 1, 3, 3, SIDE, SIDE)}
+
+
+def eight_frames(generator: torch.Generator) -> Media:
+    """For video_llava, which takes no other number of them."""
+    return {"pixel_values_videos": pixels(generator, 1, 8, 3, SIDE, SIDE)}
+
+
+def grid_video(generator: torch.Generator) -> Media:
+    """Three times two frames."""
+    return {"pixel_values_videos": pixels(generator, 48, IN_PATCH), "video_grid_thw": torch.tensor([[3, 4, 4]])}
+
+
+def timed_grid_video(generator: torch.Generator) -> Media:
+    return {**grid_video(generator), "second_per_grid_ts": torch.tensor([0.5])}
+
+
+# What stands in the prompt
+
+
+def bare(count: int, media: Media) -> list[int]:
+    return [IMAGE] * count
+
+
+def between_markers(count: int, media: Media) -> list[int]:
+    return [OPEN, *[IMAGE] * count, CLOSE]
+
+
+def idefics(count: int, media: Media) -> list[int]:
+    return [FAKE, OPEN, *[IMAGE] * count, FAKE]
+
+
+def in_rows(count: int, media: Media) -> list[int]:
+    """Pixtral: a marker after every row of the two."""
+    return [*[IMAGE] * (count // 2), ROW, *[IMAGE] * (count // 2), CLOSE]
+
+
+def bare_video(count: int, media: Media) -> list[int]:
+    return [VIDEO] * count
+
+
+def video_between_markers(count: int, media: Media) -> list[int]:
+    return [OPEN, *[VIDEO] * count, CLOSE]
+
+
+def stamped_video(count: int, media: Media) -> list[int]:
+    """Qwen 3: a time stamp before every frame."""
+    times = int(media["video_grid_thw"][0, 0])
+    return [token for time in range(times) for token in (10 + time, 11, OPEN, *[VIDEO] * (count // times), CLOSE)]
+
+
+def glm_video(count: int, media: Media) -> list[int]:
+    """GLM: frames look like pictures, with a time stamp after each."""
+    times = int(media["video_grid_thw"][0, 0])
+    return [ROW, *(token for time in range(times) for token in (OPEN, *[IMAGE] * (count // times), CLOSE, 10 + time)), COLUMN]
+
+
+def padded_with_black(samples: list[list[Media]]) -> Media:
+    """Idefics: `[B, images, 3, H, W]`, samples with fewer images padded with black ones."""
+    most = max(len(sample) for sample in samples)
+    some = next((media for sample in samples for media in sample), {})
+    batch: Media = {}
+    for name, like in some.items():
+        missing = [[torch.zeros_like(like)] * (most - len(sample)) for sample in samples]
+        batch[name] = torch.stack(
+            [torch.cat([*(media[name] for media in sample), *blank]) for sample, blank in zip(samples, missing, strict=True)]
+        )
+    return batch
+
+
+# Which tokens are vision, as processors tell it
+
+
+def mm_token_types(kinds: Tensor) -> Media:
+    return {"mm_token_type_ids": kinds}
+
+
+def gemma_token_types(kinds: Tensor) -> Media:
+    return {"token_type_ids": kinds}
+
+
+def prefix_token_types(kinds: Tensor) -> Media:
+    """Paligemma: the whole prompt is prefix."""
+    return {"token_type_ids": torch.zeros_like(kinds)}
