@@ -4,10 +4,11 @@ from tgvkv_compile.plan.records import (
     AttentionSite,
     GraphKind,
     KVAppend,
+    MaskFunction,
     Miss,
     ModalityMask,
     Plan,
     render_misses,
 )
 
-__all__ = ["AttentionSite", "GraphKind", "KVAppend", "Miss", "ModalityMask", "Plan", "render_misses"]
+__all__ = ["AttentionSite", "GraphKind", "KVAppend", "MaskFunction", "Miss", "ModalityMask", "Plan", "render_misses"]
