@@ -25,9 +25,7 @@ def model_with(attention: str, **options: Any) -> tuple[Any, Any]:
 
 
 def generate(model: Any, inputs: Any) -> Any:
-    return model.generate(
-        **inputs, max_new_tokens=STEPS + 1, do_sample=False, output_logits=True, return_dict_in_generate=True
-    )
+    return model.generate(**inputs, max_new_tokens=STEPS + 1, do_sample=False, output_logits=True, return_dict_in_generate=True)
 
 
 @pytest.mark.parametrize("budget", [0.3, 1.0])

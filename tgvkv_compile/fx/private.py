@@ -5,6 +5,7 @@ Checked on torch 2.13.0. Each name says what it is used for:
 - `FakeTensorMode`, `ShapeEnv`, `DimDynamic`, `ConstantSource`: a shape environment of our own (`fx.environment`).
 - `trace_structured`: graphs in `TORCH_TRACE` (`fx.dump`).
 - `enable_python_dispatcher`: some operators decompose for symbolic sizes only with it.
+- `compile_lock` is what dynamo holds while it compiles: tracing and lowering of two threads must not mix.
 - `keep_mutations_after_subgraphs` mends dynamo: see there.
 - `GraphCompileReason` is what dynamo puts on a graph module as `compile_subgraph_reason`.
 """
@@ -12,6 +13,7 @@ Checked on torch 2.13.0. Each name says what it is used for:
 from typing import Any
 
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.convert_frame import compile_lock
 from torch._dynamo.output_graph import GraphCompileReason
 from torch._dynamo.source import ConstantSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
@@ -26,6 +28,7 @@ __all__ = [
     "FakeTensorMode",
     "GraphCompileReason",
     "ShapeEnv",
+    "compile_lock",
     "enable_python_dispatcher",
     "keep_mutations_after_subgraphs",
     "trace_structured",

@@ -33,8 +33,9 @@ def _decode_step(
 ) -> Tensor:
     samples = torch.arange(query.shape[0], device=query.device)
     slot = next_slot[:, layer]
-    key_arena[samples, :, slot] = key[:, :, 0]
-    value_arena[samples, :, slot] = value[:, :, 0]
+    # Under autocast a step's keys or values may have another dtype than the prompt's.
+    key_arena[samples, :, slot] = key[:, :, 0].to(key_arena.dtype)
+    value_arena[samples, :, slot] = value[:, :, 0].to(value_arena.dtype)
     slot_position[samples, slot] = lengths.to(slot_position.dtype)
 
     start, length = segment_start[:, layer], segment_len[:, layer] + 1

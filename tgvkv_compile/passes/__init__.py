@@ -1,6 +1,6 @@
 """The passes: each finds, or plans, or inserts; never two of them.
 
-Read them in this order: `find_appends`, `find_attention`, `find_modality`, `plan_graph`, `materialise_masks`, `extract_vision_count`,
-`normalise_attention`, `insert_scoring`, `insert_budgeting`, `insert_eviction`, `insert_decode`, `insert_continuation`. The list that runs them
-is `tgvkv_compile.pipeline.STEPS`.
+Read them in this order: `find_appends`, `find_attention`, `find_modality`, `plan_graph`, `materialise_masks`,
+`normalise_attention`, `insert_scoring`, `insert_budgeting`, `insert_eviction`, `insert_decode`, `insert_continuation`. The
+list that runs them is `tgvkv_compile.pipeline.STEPS`.
 """

@@ -85,7 +85,9 @@ def _match_flex(node: Node, appends: dict[Node, KVAppend]) -> AttentionSite | Mi
         return None
     scores = submodule(score_mod)  # type: ignore[arg-type]
     if next(iter(scores.graph.find_nodes(op="placeholder"))) is not output_nodes(scores)[0]:
-        return _miss(node, "flex_attention changes the scores (a score_mod: soft cap, bias or a mask of floats); use sdpa or eager")
+        return _miss(
+            node, "flex_attention changes the scores (a score_mod: soft cap, bias or a mask of floats); use sdpa or eager"
+        )
     mask_mod: Any = block_mask[-1]  # type: ignore[index]
     _, head, *_ = submodule(mask_mod).graph.find_nodes(op="placeholder")
     if head.users:

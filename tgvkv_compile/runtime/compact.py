@@ -94,7 +94,7 @@ class CompactCache:
         reserve: int,
         room: int,
     ) -> None:
-        self.state = state
+        self.state = _writable(state)
         self.config = config
         self.identity = identity
         self.logical_length = logical_length
@@ -262,6 +262,8 @@ class CompactCache:
         index = (torch.minimum(suffix, entries.sum(2)) - 1).clamp(min=0)
         self.state.protect_from.copy_(ordered.gather(2, index[:, :, None])[:, :, 0])
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _relayout(self, capacity: Tensor) -> None:
         """Moves all entries into a new arena with the given segment capacities `[B, L]`, slots in position order."""
         old = self.state
@@ -290,6 +292,12 @@ class CompactCache:
             segment_len=length,
             next_slot=start + length,
         )
+
+
+def _writable(state: CompactState) -> CompactState:
+    """The state in tensors that steps outside of `torch.inference_mode` may write to as well as steps inside."""
+    with torch.inference_mode(False), torch.no_grad():
+        return CompactState(*(x.clone() if x.is_inference() else x for x in state))
 
 
 def _entries(state: CompactState) -> Tensor:
