@@ -45,8 +45,9 @@ def configure() -> None:
         setattr(torch._dynamo.config, name, value)
     keep_mutations_after_subgraphs()
     masks = sys.modules.get("transformers.masking_utils")  # where it is not loaded, there is no model to compile yet
-    if hasattr(masks, "fast_all"):
-        _always_mask(masks.fast_all)
+    fast_all = getattr(masks, "fast_all", None)
+    if fast_all is not None:
+        _always_mask(fast_all)
 
 
 @functools.cache
