@@ -41,6 +41,10 @@ class CacheError(TgvkvError, RuntimeError):
     """A compressed cache was used in a way that cannot be honoured."""
 
 
+class AssistedDecodingError(CacheError):
+    """`generate` was asked to verify candidate tokens of an assistant on a compressed cache."""
+
+
 class StaleCacheError(CacheError):
     """A handle's length is not its compact cache's: an old cache was used after a newer step."""
 

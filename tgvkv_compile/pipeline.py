@@ -31,6 +31,7 @@ from tgvkv_compile.passes.insert_rebudgeting import insert_rebudgeting
 from tgvkv_compile.passes.insert_scoring import insert_scoring
 from tgvkv_compile.passes.insert_survivors import insert_survivors
 from tgvkv_compile.passes.inserted import Budgets, Candidates, Scores
+from tgvkv_compile.passes.materialise_masks import materialise_masks
 from tgvkv_compile.passes.normalise_attention import normalise_attention
 from tgvkv_compile.passes.plan_graph import plan_graph
 from tgvkv_compile.plan import AttentionSite, GraphKind, KVAppend, Miss, ModalityMask, Plan, TensorParallel
@@ -66,12 +67,16 @@ class Rewrite:
     def pending(self) -> frozenset[Node]:
         """Inserted nodes that no node may use yet."""
         scores, budgets = self.scores, self.budgets
-        nodes = [site.lse for site in self.plan.sites if site.lse is not None]
+        nodes = [node for site in self.plan.sites for node in (site.lse, site.mask) if node is not None]
         nodes += [scores.roles, *scores.mass, *scores.score] if scores is not None else []
         nodes += [budgets.allocation] if budgets is not None else []
         if self.candidates is not None:
-            nodes += [*self.candidates.roles, *(site.mask for site in self.plan.sites if site.mask is not None)]
+            nodes += self.candidates.roles
         return frozenset(nodes)
+
+
+def _materialise(rewrite: Rewrite) -> None:
+    rewrite.plan = materialise_masks(rewrite.gm, rewrite.plan)
 
 
 def _count_vision(rewrite: Rewrite) -> None:
@@ -130,14 +135,15 @@ class Step:
 
 
 STEPS: tuple[Step, ...] = (
-    Step("extract_vision_count", frozenset({"prefill"}), _count_vision),
-    Step("insert_survivors", frozenset({"vision_continuation"}), _survive, sizes_arena=True),
+    Step("materialise_masks", frozenset({"prefill", "continuation", "vision_continuation"}), _materialise),
+    Step("extract_vision_count", frozenset({"prefill"}), _count_vision, requires=("materialise_masks",)),
+    Step("insert_survivors", frozenset({"vision_continuation"}), _survive, requires=("materialise_masks",), sizes_arena=True),
     Step("normalise_attention", frozenset({"prefill", "vision_continuation"}), _normalise),
     Step("insert_scoring", frozenset({"prefill"}), _score, requires=("normalise_attention",)),
     Step("insert_budgeting", frozenset({"prefill"}), _budget, requires=("insert_scoring",)),
     Step("insert_eviction", frozenset({"prefill"}), _evict, requires=("insert_budgeting",), sizes_arena=True),
     Step("insert_decode", frozenset({"decode"}), _decode, sizes_arena=True),
-    Step("insert_continuation", frozenset({"continuation"}), _continue, sizes_arena=True),
+    Step("insert_continuation", frozenset({"continuation"}), _continue, requires=("materialise_masks",), sizes_arena=True),
     Step(
         "insert_rebudgeting",
         frozenset({"vision_continuation"}),

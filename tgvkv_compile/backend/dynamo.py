@@ -1,15 +1,17 @@
 """What the backend needs of dynamo: flags, and how to read where dynamo broke a graph."""
 
 import contextlib
+import functools
 import inspect
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
-from tgvkv_compile.fx.private import symbolic_shapes_config
+from tgvkv_compile.fx.private import keep_mutations_after_subgraphs, symbolic_shapes_config
 
 log = logging.getLogger("tgvkv_compile")
 
@@ -23,6 +25,7 @@ def flags() -> dict[str, Any]:
       deepstack's boolean indexing break the graph otherwise.
     - `recompile_limit` and `accumulated_recompile_limit`, raised to at least 256: all models of a process share one
       counter, and past the limit dynamo runs eager.
+    - `ignore_logging_functions`: flex attention's `create_block_mask` calls `warnings.warn`, which breaks the graph.
     - `fail_on_recompile_limit_hit`: reaching the limit raises instead of running eager, silently and uncompressed.
     """
     config = torch._dynamo.config
@@ -31,6 +34,7 @@ def flags() -> dict[str, Any]:
         "capture_dynamic_output_shape_ops": True,
         "recompile_limit": max(config.recompile_limit, RECOMPILE_LIMIT),
         "accumulated_recompile_limit": max(config.accumulated_recompile_limit, RECOMPILE_LIMIT),
+        "ignore_logging_functions": {*config.ignore_logging_functions, warnings.warn},
         "fail_on_recompile_limit_hit": True,
     }
 
@@ -53,6 +57,11 @@ def configure() -> None:
     for config, chosen in _all_flags():
         for name, value in chosen.items():
             setattr(config, name, value)
+    keep_mutations_after_subgraphs()
+    masks = sys.modules.get("transformers.masking_utils")  # where it is not loaded, there is no model to compile yet
+    fast_all = getattr(masks, "fast_all", None)
+    if fast_all is not None:
+        _always_mask(fast_all)
 
 
 @contextlib.contextmanager
@@ -63,6 +72,18 @@ def configured() -> Iterator[None]:
             if chosen:
                 stack.enter_context(config.patch(chosen))
         yield
+
+
+@functools.cache
+def _always_mask(fast_all: Callable[[torch.Tensor], Any]) -> None:
+    """Flex attention's mask leaves padding out of account where `fast_all(mask)`: a branch on data, which breaks the graph.
+
+    Traced code takes the other branch, which is right for every mask. Eager code is as it was.
+    """
+
+    @torch.compiler.substitute_in_graph(fast_all)
+    def traced(tensor: torch.Tensor) -> bool:
+        return False
 
 
 def compile_apart(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from tgvkv_compile.backend.callers import refuse_assisted_decoding
 from tgvkv_compile.backend.options import BackendOptions
 from tgvkv_compile.errors import (
     CacheError,
@@ -20,6 +21,7 @@ from tgvkv_compile.errors import (
 )
 from tgvkv_compile.fx.environment import size_reader
 from tgvkv_compile.fx.meta import fake_tensor, output_nodes
+from tgvkv_compile.fx.private import compile_lock
 from tgvkv_compile.lower import Lowered, lower_rewritten
 from tgvkv_compile.ops.state import CompactState
 from tgvkv_compile.pipeline import Rewrite
@@ -46,12 +48,19 @@ class _Compiled:
 
     def __init__(self, rewrite: Callable[[], Rewrite], first: Rewrite, options: BackendOptions) -> None:
         self._rewrite, self._first, self._options = rewrite, first, options
-        self._variants: list[Lowered] = []
+        self._variants: tuple[Lowered, ...] = ()
 
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:
-        for lowered in self._variants:
-            if lowered.accepts(inputs):
-                return lowered(*inputs)
+        lowered = self._accepting(inputs)
+        if lowered is None:
+            with compile_lock:  # another thread may be compiling, this graph or any other
+                lowered = self._accepting(inputs) or self._lower()
+        return lowered(*inputs)
+
+    def _accepting(self, inputs: Sequence[Any]) -> Lowered | None:
+        return next((lowered for lowered in self._variants if lowered.accepts(inputs)), None)
+
+    def _lower(self) -> Lowered:
         rewrite = self._rewrite() if self._variants else self._first
         options = self._options
         lowered = lower_rewritten(
@@ -62,8 +71,8 @@ class _Compiled:
             options=options.options,
         )
         log.debug("lowered a %s graph (variant %d)", rewrite.plan.kind, len(self._variants) + 1)
-        self._variants.insert(0, lowered)
-        return lowered(*inputs)
+        self._variants = (lowered, *self._variants)
+        return lowered
 
 
 def check_gradients(inputs: Sequence[Any]) -> None:
@@ -121,6 +130,7 @@ class PrefillProgram:
     def __call__(self, *inputs: Any) -> list[Any]:
         """Inputs and outputs as dynamo's graph has them, handles in the places of keys and values."""
         check_gradients(inputs)
+        refuse_assisted_decoding()
         length = self._length(inputs)
         options = self._options
         slots = arena_slots(
@@ -193,6 +203,8 @@ class CachedProgram:
     def __call__(self, *inputs: Any) -> list[Any]:
         """Inputs and outputs as dynamo's graph has them, with handles one step longer."""
         check_gradients(inputs)
+        if self._kind == "continuation":
+            refuse_assisted_decoding()
         compact = self._compact(inputs)
         rest = self._rest(inputs)
         tokens = self._tokens([*rest, *compact.state])

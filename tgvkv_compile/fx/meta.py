@@ -49,6 +49,15 @@ def same_size(left: Any, right: Any) -> bool:
     return bool(expressions[0] == expressions[1])
 
 
+def submodule(node: Node) -> GraphModule:
+    """The graph that a `get_attr` node stands for: an argument of a higher-order operator."""
+    value: Any = node.graph.owning_module
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    assert isinstance(value, GraphModule), f"%{node.name} holds a {type(value).__name__}"
+    return value
+
+
 def set_fake_value(node: Node, value: Any) -> None:
     """Records the fake value under the key that dynamo graphs use."""
     node.meta["example_value"] = value

@@ -7,12 +7,19 @@ Checked on torch 2.11.0 and 2.13.0. Each name says what it is used for:
 - `enable_python_dispatcher`: some operators decompose for symbolic sizes only with it.
 - `symbolic_shapes_config`: a flag that torch before 2.13 needs (`backend.dynamo`).
 - `is_traceable_wrapper_subclass`: whether a tensor is made of other tensors, as a `DTensor` is (`fx.environment`).
+- `compile_lock` is what dynamo holds while it compiles: tracing and lowering of two threads must not mix.
+- `keep_mutations_after_subgraphs` mends dynamo: see there.
 - `GraphCompileReason` is what dynamo puts on a graph module as `compile_subgraph_reason`.
 """
 
+from typing import Any
+
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.convert_frame import compile_lock
 from torch._dynamo.output_graph import GraphCompileReason
 from torch._dynamo.source import ConstantSource
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.variables import dicts
 from torch._logging._internal import trace_structured
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental import _config as symbolic_shapes_config
@@ -25,8 +32,26 @@ __all__ = [
     "FakeTensorMode",
     "GraphCompileReason",
     "ShapeEnv",
+    "compile_lock",
     "enable_python_dispatcher",
     "is_traceable_wrapper_subclass",
+    "keep_mutations_after_subgraphs",
     "symbolic_shapes_config",
     "trace_structured",
 ]
+
+
+def keep_mutations_after_subgraphs() -> None:
+    """Makes dynamo keep what a frame assigns to an object's attributes after a higher-order operator.
+
+    Seen with torch 2.13.0: tracing the body of an operator such as `flex_attention` replaces the record of side effects,
+    and an object whose attributes were assigned before it goes on writing to the old one. transformers' output collector is
+    such an object: it stayed switched on behind a decoder with flex attention, and the next eager vision tower failed.
+    """
+    proxy: Any = getattr(dicts, "SideEffectsProxyDict", None)
+    if proxy is not None and "side_effects" not in vars(proxy):
+        proxy.side_effects = property(_current_side_effects, lambda self, recorded: None)
+
+
+def _current_side_effects(_: Any) -> Any:
+    return InstructionTranslator.current_tx().output.side_effects

@@ -16,6 +16,7 @@ aten = torch.ops.aten
 _FUNCTIONS: dict[Callable[..., Any], str] = {
     torch._C._nn.scaled_dot_product_attention: "sdpa",
     torch.nn.functional.embedding: "embedding",
+    torch.ops.higher_order.flex_attention: "flex",
     torch.nn.functional.softmax: "softmax",
     torch.nn.functional.dropout: "dropout",
     torch.softmax: "softmax",

@@ -39,8 +39,8 @@ def _continue_step(
     slot = torch.where(rank == 0, next_slot[:, layer, None], start[:, None] + length[:, None] + rank)
     slot = torch.where(valid, slot, slot_position.shape[1] - 1)
     samples = torch.arange(batch, device=device)[:, None]
-    key_arena[samples, :, slot] = key.transpose(1, 2)
-    value_arena[samples, :, slot] = value.transpose(1, 2)
+    key_arena[samples, :, slot] = key.transpose(1, 2).to(key_arena.dtype)
+    value_arena[samples, :, slot] = value.transpose(1, 2).to(value_arena.dtype)
     position = torch.where(valid, lengths[:, None] + rank, -1)
     slot_position[samples, slot] = position.to(slot_position.dtype)
 

@@ -41,8 +41,9 @@ def append_and_attend(
         `(output [B, H, 1, D], head-mean attention float32 [B, W], positions int64 [B, W])`, of the segment's `W` entries.
     """
     samples = torch.arange(query.shape[0], device=query.device)
-    key_arena[samples, :, slot] = key[:, :, 0]
-    value_arena[samples, :, slot] = value[:, :, 0]
+    # Under autocast a step's keys or values may have another dtype than the prompt's.
+    key_arena[samples, :, slot] = key[:, :, 0].to(key_arena.dtype)
+    value_arena[samples, :, slot] = value[:, :, 0].to(value_arena.dtype)
     slot_position[samples, slot] = lengths.to(slot_position.dtype)
     window = segment_window(key_arena, value_arena, slot_position, start, length)
     probabilities, output = attend(query, window, window.positions.ge(0)[:, None, None, :], scale)

@@ -1,7 +1,11 @@
 """What the masks that models build say about tokens: which are vision, which are padding."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_mask
 
 
 def visible(mask: Tensor) -> Tensor:
@@ -16,6 +20,29 @@ def visible(mask: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
         return mask
     return mask > torch.finfo(mask.dtype).min / 2
+
+
+def mask_of_function(
+    function: Callable[..., Tensor], captured: tuple[Any, ...], query: Tensor, key: Tensor, *, per_sample: bool
+) -> Tensor:
+    """The mask that a mask function of flex attention describes.
+
+    Args:
+        function: `(b, h, q, kv, *captured) -> bool` of scalar indices (True = visible); the same for all heads.
+        captured: What it takes besides the indices.
+        query: `[B, H, Q, D]`.
+        key: `[B, Hkv, S, D]`.
+        per_sample: Whether it depends on the sample `b`.
+
+    Returns:
+        bool `[B, 1, Q, S]`, or `[1, 1, Q, S]` where it does not depend on the sample.
+    """
+
+    def of_indices(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return function(b, h, q_idx, kv_idx, *captured)
+
+    batch = query.shape[0] if per_sample else 1
+    return create_mask(of_indices, batch, 1, query.shape[2], key.shape[2], device=query.device)
 
 
 def valid_columns(mask: Tensor, like: Tensor) -> Tensor:

@@ -46,7 +46,13 @@ def _logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
     batch, heads, rows, dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
     grouped = (q.to(torch.float32) * scale).reshape(batch, kv_heads, heads // kv_heads * rows, dim)
-    return torch.matmul(grouped, k.to(torch.float32).transpose(2, 3)).reshape(batch, heads, rows, keys)
+    return exact_matmul(grouped, k.to(torch.float32).transpose(2, 3)).reshape(batch, heads, rows, keys)
+
+
+def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` of float32 in float32, also where the caller is under autocast, which would round both."""
+    with torch.autocast(a.device.type, enabled=False):
+        return torch.matmul(a, b)
 
 
 def _known_normaliser(q: Tensor, k: Tensor, visible: Tensor, lse: Tensor, scale: float) -> Tensor:

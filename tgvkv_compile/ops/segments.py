@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tgvkv_compile.ops.scoring import attention_probabilities
+from tgvkv_compile.ops.scoring import attention_probabilities, exact_matmul
 
 
 class Window(NamedTuple):
@@ -70,5 +70,5 @@ def attend(query: Tensor, window: Window, visible: Tensor, scale: float) -> tupl
     kv_heads = window.key.shape[1]
     probabilities = attention_probabilities(query, window.key, visible, scale)
     grouped = probabilities.reshape(batch, kv_heads, heads // kv_heads * queries, -1)
-    output = torch.matmul(grouped, window.value.float()).reshape(batch, heads, queries, dim)
+    output = exact_matmul(grouped, window.value.float()).reshape(batch, heads, queries, dim)
     return probabilities, output.to(query.dtype)

@@ -36,7 +36,7 @@ def find_appends(gm: GraphModule) -> tuple[tuple[KVAppend, ...], tuple[Miss, ...
             empty = _is_empty(past)
             if empty or past.op == "placeholder":
                 appends.append(KVAppend(node, None if empty else past, new, outputs[node]))
-        elif kind == "index_copy" and _is_cache_input(node.args[0]):
+        elif kind == "index_copy" and _is_cache(node.args[0]):
             misses.append(
                 Miss(
                     node.name,
@@ -61,5 +61,8 @@ def _is_empty(node: Node) -> bool:
     return isinstance(value, torch.Tensor) and value.ndim == 1 and value.shape[0] == 0
 
 
-def _is_cache_input(node: Any) -> bool:
-    return isinstance(node, Node) and node.op == "placeholder" and is_tensor(node) and fake_value(node).ndim == 4
+def _is_cache(node: Any) -> bool:
+    """A cache that came in, or one of zeros that a first call makes."""
+    if not is_tensor(node) or fake_value(node).ndim != 4:
+        return False
+    return bool(node.op == "placeholder" or op_kind(node) == "zeros")

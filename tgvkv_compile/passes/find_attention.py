@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
+from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from tgvkv_compile.fx.meta import fake_tensor, fake_value, is_tensor, source_line
+from tgvkv_compile.fx.meta import fake_tensor, fake_value, is_tensor, output_nodes, source_line, submodule
 from tgvkv_compile.fx.targets import argument, op_kind, target_name
-from tgvkv_compile.plan import AttentionSite, KVAppend, Miss
+from tgvkv_compile.plan import AttentionSite, KVAppend, MaskFunction, Miss
 
 _VIEWS = frozenset(
     {"getitem", "expand", "reshape", "unsqueeze", "repeat_interleave", "contiguous", "to", "transpose", "permute"}
@@ -22,6 +23,7 @@ def find_attention(gm: GraphModule, appends: tuple[KVAppend, ...]) -> tuple[tupl
         %out : [B, H, Q, D] = scaled_dot_product_attention(%q, %keys, %values, attn_mask=None, is_causal=...)
         %out : [B, H, Q, D] = scaled_dot_product_attention(%q, repeat_kv(%keys), repeat_kv(%values), attn_mask=%mask)
         %out : [B, H, Q, D] = matmul(dropout(softmax(matmul(%q, repeat_kv(%keys)^T) * scale + %mask)), repeat_kv(%values))
+        %out : [B, H, Q, D] = flex_attention(%q, %keys, %values, %score_mod, (..., %mask_mod), scale, ..., captured)[0]
 
     Returns:
         The sites in graph order, and a miss for every append that no known attention reads: it names the first
@@ -35,6 +37,8 @@ def find_attention(gm: GraphModule, appends: tuple[KVAppend, ...]) -> tuple[tupl
         found = _match_sdpa(node, by_node) if kind == "sdpa" else None
         if kind == "softmax":
             found = _match_eager(node, by_node)
+        if kind == "flex":
+            found = _match_flex(node, by_node)
         if isinstance(found, AttentionSite):
             sites.append(found)
         elif isinstance(found, Miss):
@@ -72,6 +76,42 @@ def _match_sdpa(node: Node, appends: dict[Node, KVAppend]) -> AttentionSite | Mi
         bool(argument(node, 5, "is_causal", False)),
         float(scale) if scale is not None else 1.0 / math.sqrt(fake_tensor(query).shape[-1]),
     )
+
+
+def _match_flex(node: Node, appends: dict[Node, KVAppend]) -> AttentionSite | Miss | None:
+    query, keys, values, score_mod, block_mask = node.args[:5]
+    key, value = appends.get(_origin(keys)), appends.get(_origin(values))  # type: ignore[arg-type]
+    if key is None or value is None:
+        return None
+    scores = submodule(score_mod)  # type: ignore[arg-type]
+    if next(iter(scores.graph.find_nodes(op="placeholder"))) is not output_nodes(scores)[0]:
+        return _miss(
+            node, "flex_attention changes the scores (a score_mod: soft cap, bias or a mask of floats); use sdpa or eager"
+        )
+    mask_mod: Any = block_mask[-1]  # type: ignore[index]
+    _, head, *_ = submodule(mask_mod).graph.find_nodes(op="placeholder")
+    if head.users:
+        return _miss(node, "the mask of flex_attention depends on the head; one mask for all heads is supported")
+    outputs = {user.args[1]: user for user in node.users if op_kind(user) == "getitem"}
+    if any(_is_used(user) for index, user in outputs.items() if index != 0) or 0 not in outputs:
+        return _miss(node, "the log-sum-exp of flex_attention has a use of its own (attention sinks?); only its output may")
+    captured = tuple(argument(node, 8, "mask_mod_other_buffers", ()))
+    return AttentionSite(
+        outputs[0],
+        "flex",
+        query,  # type: ignore[arg-type]
+        key,
+        value,
+        None,
+        False,
+        float(argument(node, 5, "scale")),
+        MaskFunction(mask_mod, captured),
+    )
+
+
+def _is_used(node: Node) -> bool:
+    """Whether an output of the graph depends on `node`."""
+    return any(user.op == "output" or _is_used(user) for user in node.users)
 
 
 @dataclasses.dataclass(frozen=True)

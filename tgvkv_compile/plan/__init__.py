@@ -4,6 +4,7 @@ from tgvkv_compile.plan.records import (
     AttentionSite,
     GraphKind,
     KVAppend,
+    MaskFunction,
     Miss,
     ModalityMask,
     Plan,
@@ -11,4 +12,14 @@ from tgvkv_compile.plan.records import (
     render_misses,
 )
 
-__all__ = ["AttentionSite", "GraphKind", "KVAppend", "Miss", "ModalityMask", "Plan", "TensorParallel", "render_misses"]
+__all__ = [
+    "AttentionSite",
+    "GraphKind",
+    "KVAppend",
+    "MaskFunction",
+    "Miss",
+    "ModalityMask",
+    "Plan",
+    "TensorParallel",
+    "render_misses",
+]

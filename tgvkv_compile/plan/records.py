@@ -5,12 +5,12 @@ call, `D` head dim, `L` layers, `T` arena slots.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from torch.fx import Node
 
 GraphKind = Literal["prefill", "decode", "continuation", "vision_continuation", "dense"]
-AttentionForm = Literal["sdpa", "eager"]
+AttentionForm = Literal["sdpa", "eager", "flex"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,16 +56,31 @@ class KVAppend:
 
 
 @dataclasses.dataclass(frozen=True)
+class MaskFunction:
+    """The mask of a `flex_attention`: a graph of its own, of scalar indices.
+
+    Attributes:
+        function: The `get_attr` of the graph `(b, h, q, kv, *captured) -> bool`, True = visible.
+        captured: What else it takes: nodes and constants.
+    """
+
+    function: Node
+    captured: tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class AttentionSite:
     """One attention over a KV append.
 
     Attributes:
         node: The node whose value is the attention output `[B, H, Q, D]`.
-        form: How it is written: one `scaled_dot_product_attention`, or the eager chain that ends in a `matmul`.
+        form: How it is written: one `scaled_dot_product_attention`, the eager chain that ends in a `matmul`, or one
+            `flex_attention`.
         query: `[B, H, Q, D]`.
         key: The append of the keys.
         value: The append of the values.
         mask: `[B|1, 1|H, Q, S]`, bool (True = visible) or additive float, or None.
+        mask_function: What flex attention has in place of `mask`, until `materialise_masks` has made one of it.
         is_causal: Whether the mask is the causal one (then `mask` is None).
         scale: What `q @ k` is multiplied by.
         lse: Log-sum-exp of the rows, float32 `[B, H, Q]`, once `normalise_attention` has asked for it.
@@ -79,6 +94,7 @@ class AttentionSite:
     mask: Node | None
     is_causal: bool
     scale: float
+    mask_function: MaskFunction | None = None
     lse: Node | None = None
 
 

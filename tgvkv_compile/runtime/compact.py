@@ -97,7 +97,7 @@ class CompactCache:
         reserve: int,
         room: int,
     ) -> None:
-        self.state = state
+        self.state = _writable(state)
         self.config = config
         self.identity = identity
         self.history = history
@@ -313,6 +313,8 @@ class CompactCache:
         index = (torch.minimum(suffix, entries.sum(2)) - 1).clamp(min=0)
         self.state.protect_from.copy_(ordered.gather(2, index[:, :, None])[:, :, 0])
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _relayout(self, capacity: Tensor) -> None:
         """Moves all entries into a new arena with the given segment capacities `[B, L]`, slots in position order."""
         old = self.state
@@ -341,6 +343,12 @@ class CompactCache:
             segment_len=length,
             next_slot=start + length,
         )
+
+
+def _writable(state: CompactState) -> CompactState:
+    """The state in tensors that steps outside of `torch.inference_mode` may write to as well as steps inside."""
+    with torch.inference_mode(False), torch.no_grad():
+        return CompactState(*(x.clone() if x.is_inference() else x for x in state))
 
 
 def _entries(state: CompactState) -> Tensor:
