@@ -47,15 +47,16 @@ def text(samples: int, count: int, seed: int = 9) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("shape", "prompts", "second"),
+    ("shape", "prompts", "second", "lowering"),
     [
-        pytest.param(GROUPED, PADDED, SECOND, id="grouped-padded"),
-        pytest.param(MULTI, SINGLE, ((3, 7),), id="multi-single"),
+        pytest.param(GROUPED, PADDED, SECOND, "eager", id="grouped-padded"),
+        pytest.param(MULTI, SINGLE, ((3, 7),), "eager", id="multi-single"),
+        pytest.param(GROUPED, PADDED, SECOND, "inductor", id="inductor", marks=pytest.mark.slow),
     ],
 )
-def test_pictures_in_later_turns(shape: Shape, prompts: Any, second: Any) -> None:
+def test_pictures_in_later_turns(shape: Shape, prompts: Any, second: Any, lowering: Any) -> None:
     """Question, answer, picture, answer, text, answer, picture, answer; the reserve is used up on the way."""
-    talk, backend = start(shape, EvictionConfig(0.3), growth_reserve=3)
+    talk, backend = start(shape, EvictionConfig(0.3), lowering=lowering, growth_reserve=3)
     samples = len(prompts)
     talk.say(turn(prompts, shape, 0)).steps(4)
     talk.say(turn(second, shape, 5)).steps(5)
