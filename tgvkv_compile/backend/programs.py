@@ -45,14 +45,18 @@ class _Compiled:
     """A rewritten graph, lowered at its first call and again where a size falls outside what was compiled for."""
 
     def __init__(self, rewrite: Callable[[], Rewrite], first: Rewrite, options: BackendOptions) -> None:
-        self._rewrite, self._first, self._options = rewrite, first, options
+        self._rewrite, self._options = rewrite, options
+        self._first: Rewrite | None = first
         self._variants: list[Lowered] = []
 
-    def __call__(self, inputs: Sequence[Any]) -> list[Any]:
+    def fitting(self, inputs: Sequence[Any]) -> Lowered:
+        """What runs a call with these inputs; lowers the graph where nothing fits yet. Computes nothing."""
         for lowered in self._variants:
             if lowered.accepts(inputs):
-                return lowered(*inputs)
-        rewrite = self._rewrite() if self._variants else self._first
+                return lowered
+        # Lowering uses the graph up: one that was interrupted must not get the same graph again.
+        first, self._first = self._first, None
+        rewrite = first if first is not None else self._rewrite()
         options = self._options
         lowered = lower_rewritten(
             rewrite.gm,
@@ -63,7 +67,7 @@ class _Compiled:
         )
         log.debug("lowered a %s graph (variant %d)", rewrite.plan.kind, len(self._variants) + 1)
         self._variants.insert(0, lowered)
-        return lowered(*inputs)
+        return lowered
 
 
 def check_gradients(inputs: Sequence[Any]) -> None:
@@ -115,7 +119,8 @@ class PrefillProgram:
             config=options.eviction,
             num_vision=fewest_vision(self._vision_count, inputs),
         )
-        results = self._compiled([*inputs, slots])
+        given = [*inputs, slots]
+        results = self._compiled.fitting(given)(*given)
         outputs, state, (room, valid) = results[: self._outputs], results[self._outputs : -2], results[-2:]
         if valid is not None and not bool(valid[:, -1].all()):
             sample = int((~valid[:, -1]).nonzero()[0, 0])
@@ -187,8 +192,10 @@ class CachedProgram:
         rest = [inputs[index] for index in self._kept]
         tokens = self._tokens([*rest, *compact.state])
         compact.ensure_room(tokens, appended=self._kind == "continuation")
+        given = [*rest, *compact.state]
+        lowered = self._compiled.fitting(given)  # may take long and be interrupted; the cache is whole until it has run
         compact.broken = f"a {self._kind} step failed half-way"
-        outputs = self._compiled([*rest, *compact.state])
+        outputs = lowered(*given)
         compact.advance(tokens, outputs.pop())
         compact.padded_turns = compact.padded_turns or (self._padded and compact.batch > 1)
         compact.broken = None
