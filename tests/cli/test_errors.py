@@ -1,5 +1,6 @@
 """What a user gets wrong costs one line and exit code 2."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -15,6 +16,8 @@ from typer.testing import CliRunner
 
 from tests.cli.command import tgvkv
 from tgvkv_compile.cli.app import app
+from tgvkv_compile.cli.inputs import load
+from tgvkv_compile.cli.problems import CommandError
 from tgvkv_compile.digits import model_dir
 
 
@@ -156,7 +159,6 @@ REMOTE: dict[str, tuple[str, dict[str, object]]] = {
         {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForImageTextToText": "own.Own"}},
     ),
     "processor": ("processor_config.json", {"processor_class": "Own", "auto_map": {"AutoProcessor": "own.Own"}}),
-    "tokenizer": ("tokenizer_config.json", {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}),
 }
 
 
@@ -169,6 +171,16 @@ def test_code_in_a_model_s_folder_is_not_run(part: str, command: str, folder: Pa
     edited(folder, name, **values)
     line = run(model=folder, image=picture) if command == "run" else refused("explain", "--model", folder)
     assert "it brings code of its own, which is not run" in line and "--trust-remote-code" in line
+    assert not ran.exists()
+
+
+def test_code_of_a_tokenizer_is_not_run_either(folder: Path) -> None:
+    """transformers may use a tokenizer of its own instead, which is as well."""
+    ran = folder / "ran"
+    (folder / "own.py").write_text(f"open({str(ran)!r}, 'w')\nclass Own: ...\n")
+    edited(folder, "tokenizer_config.json", tokenizer_class="Own", auto_map={"AutoTokenizer": ["own.Own", None]})
+    with contextlib.suppress(CommandError):
+        load(str(folder))
     assert not ran.exists()
 
 
