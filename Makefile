@@ -7,6 +7,9 @@ PYTEST_ARGS ?=
 # Most tests run models so small that a second thread only waits, so tests run side by side.
 TEST_JOBS ?= 2
 TRAIN_ARGS ?=
+FUZZ_MINUTES ?= 5
+FUZZ_ARGS ?=
+MATRIX_ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -16,11 +19,11 @@ TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 BUILD_BACKEND := $(shell sed -n '/^hatchling==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check format golden bench train docs build clean distclean
+.PHONY: help venv demo test test-matrix fuzz check format golden bench train docs build clean distclean
 
 help: ## Show this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS="$$(printf '\t')" read -r target text; do \
-		printf '  make %-10s %s\n' "$$target" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS="$$(printf '\t')" read -r target text; do \
+		printf '  make %-12s %s\n' "$$target" "$$text"; done
 
 venv: $(STAMP) ## Make the virtual environment in .venv (again when pyproject.toml or constraints.txt change)
 
@@ -37,6 +40,13 @@ demo: $(STAMP) ## Run the demonstration: a small vision-language model, full KV 
 
 test: $(STAMP) ## Run every test (PYTEST_ARGS='-m "not slow"' leaves out the long ones)
 	$(BIN)/python -m pytest --numprocesses $(TEST_JOBS) --dist worksteal $(PYTEST_ARGS)
+
+test-matrix: ## Run every test on the oldest and newest torch and transformers (MATRIX_ARGS='--pairs 5.17.0:2.13.0 -- -m "not slow"')
+	$(PYTHON) tests/matrix.py $(MATRIX_ARGS)
+
+fuzz: $(STAMP) ## Run random requests against the reference (FUZZ_MINUTES=60, FUZZ_ARGS='--seed 7' runs one again)
+	@mkdir -p .fuzz
+	$(BIN)/python -m tests.fuzz --minutes $(FUZZ_MINUTES) --out .fuzz/summary.json $(FUZZ_ARGS)
 
 check: $(STAMP) ## Lint, formatting, types, import contracts
 	$(BIN)/ruff check
@@ -67,5 +77,5 @@ clean: ## Remove build outputs and caches
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find tgvkv_compile tests bench -type d -name __pycache__ -prune -exec rm -rf {} +
 
-distclean: clean ## Remove the virtual environment as well
-	rm -rf $(VENV)
+distclean: clean ## Remove the virtual environments and what the fuzzer wrote as well
+	rm -rf $(VENV) .matrix .fuzz

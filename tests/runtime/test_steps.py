@@ -112,6 +112,38 @@ def test_pictures_of_reordered_samples_are_told_apart() -> None:
     assert handles(pairs(cache))[0].compact.history.nonzero().tolist() == [[1, 6], [1, 7], [1, 8]]
 
 
+@pytest.mark.parametrize("decode", ["ratio", "fixed", "keep"])
+def test_a_reserve_that_is_used_up_at_any_step_changes_nothing(decode: str) -> None:
+    """Every reserve from one step to all of them, with a later turn before, at and after its end, against a large one."""
+    model = compiled(0.4, decode=decode)
+
+    def start(reserve: int) -> Pairs:
+        caches = prefill(model, 2)
+        compact = handles(caches)[0].compact
+        compact._relayout(compact._capacity(reserve))
+        compact.reserve = compact.room = reserve
+        return caches
+
+    def go(caches: Pairs, before: int) -> tuple[torch.Tensor, Pairs]:
+        first, caches = steps(model, caches, before)
+        with torch.no_grad():
+            turn, caches = model(tokens(2)[:, :3], None, caches)
+        last, caches = steps(model, caches, 3)
+        return torch.cat([first, turn[None, :, -1], last]), caches
+
+    large, after = steps(model, start(64), STEPS)
+    for reserve in range(1, STEPS + 1):
+        found, caches = steps(model, start(reserve), STEPS)
+        torch.testing.assert_close(found, large, rtol=1e-4, atol=1e-4)
+        assert kept(caches) == kept(after)
+    for before in range(1, 5):
+        expected, after = go(start(64), before)
+        for reserve in range(1, 5):
+            found, caches = go(start(reserve), before)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+            assert kept(caches) == kept(after)
+
+
 def test_a_full_budget_is_the_uncompressed_model_through_all_growth() -> None:
     model, plain = compiled(1.0, growth_reserve=1), Decoder()
     caches = prefill(model)

@@ -105,7 +105,7 @@ class Session:
         elif not self.dense and count == 1:
             self._decode()
         elif not self.dense:
-            self._turn(inputs["input_ids"] == self._image_token)
+            self._turn(torch.isin(tokens, self._image_token))
         self.calls += 1
 
     @property

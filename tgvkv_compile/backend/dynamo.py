@@ -5,6 +5,7 @@ import functools
 import inspect
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 

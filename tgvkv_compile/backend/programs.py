@@ -47,21 +47,25 @@ class _Compiled:
     """A rewritten graph, lowered at its first call and again where a size falls outside what was compiled for."""
 
     def __init__(self, rewrite: Callable[[], Rewrite], first: Rewrite, options: BackendOptions) -> None:
-        self._rewrite, self._first, self._options = rewrite, first, options
+        self._rewrite, self._options = rewrite, options
+        self._first: Rewrite | None = first
         self._variants: tuple[Lowered, ...] = ()
 
-    def __call__(self, inputs: Sequence[Any]) -> list[Any]:
+    def fitting(self, inputs: Sequence[Any]) -> Lowered:
+        """What runs a call with these inputs; lowers the graph where nothing fits yet. Computes nothing."""
         lowered = self._accepting(inputs)
         if lowered is None:
             with compile_lock:  # another thread may be compiling, this graph or any other
                 lowered = self._accepting(inputs) or self._lower()
-        return lowered(*inputs)
+        return lowered
 
     def _accepting(self, inputs: Sequence[Any]) -> Lowered | None:
         return next((lowered for lowered in self._variants if lowered.accepts(inputs)), None)
 
     def _lower(self) -> Lowered:
-        rewrite = self._rewrite() if self._variants else self._first
+        # Lowering uses the graph up: one that was interrupted must not get the same graph again.
+        first, self._first = self._first, None
+        rewrite = first if first is not None else self._rewrite()
         options = self._options
         lowered = lower_rewritten(
             rewrite.gm,
@@ -140,7 +144,8 @@ class PrefillProgram:
             config=options.eviction,
             num_vision=fewest_vision(self._vision_count, inputs),
         )
-        results = self._compiled([*inputs, slots])
+        given = [*inputs, slots]
+        results = self._compiled.fitting(given)(*given)
         outputs, state, (history, room, valid) = results[: self._outputs], results[self._outputs : -3], results[-3:]
         if valid is not None:
             check_padding(valid)
@@ -209,8 +214,10 @@ class CachedProgram:
         rest = self._rest(inputs)
         tokens = self._tokens([*rest, *compact.state])
         compact.ensure_room(tokens, appended=self._kind == "continuation")
+        given = [*rest, *compact.state]
+        lowered = self._compiled.fitting(given)  # may take long and be interrupted; the cache is whole until it has run
         compact.broken = f"a {self._kind} step failed half-way"
-        outputs = self._compiled([*rest, *compact.state])
+        outputs = lowered(*given)
         compact.advance(tokens, outputs.pop())
         compact.padded_turns = compact.padded_turns or (self._padded and compact.batch > 1)
         compact.broken = None

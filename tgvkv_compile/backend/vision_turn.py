@@ -19,7 +19,7 @@ class VisionContinuationProgram(CachedProgram):
         compact = self._compact(inputs)
         given = [*self._rest(inputs), *compact.candidates()]
         tokens = self._tokens(given)
-        results = self._compiled(given)
+        results = self._compiled.fitting(given)(*given)
         layers = len(self._slots)
         decided = Reselected(*results[-len(Reselected._fields) :])
         chosen = results[-len(Reselected._fields) - 2 * layers : -len(Reselected._fields)]

@@ -139,11 +139,12 @@ def run(
     tgvkv run --model ./llava --image cat.jpg --prompt "What is this?" --budget 0.05
     """
     with told_plainly():
-        from tgvkv_compile.cli.inputs import load, parse_budget, read_images
+        from tgvkv_compile.cli.inputs import check_prompt, load, parse_budget, read_images
         from tgvkv_compile.cli.run import answer
 
         options = {"budget_of": budget_of, "budgeting": budgeting, "decode": decode, "lowering": lowering}
         kept = parse_budget(budget)
+        check_prompt(prompt)
         images = read_images(image)
         loaded = load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         answer(loaded, images, prompt, kept, options, max_new_tokens)
@@ -171,10 +172,11 @@ def explain(
     tgvkv explain --model ./llava --budget 0.1
     """
     with told_plainly():
-        from tgvkv_compile.cli.inputs import load, parse_budget, read_images
+        from tgvkv_compile.cli.inputs import check_prompt, load, parse_budget, read_images
         from tgvkv_compile.cli.run import explanation
 
         kept = parse_budget(budget)
+        check_prompt(prompt)
         images = read_images(image or [])
         loaded = load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         options = {"budget_of": budget_of, "budgeting": budgeting, "decode": decode}

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,15 +64,23 @@ def read_images(paths: Sequence[Path]) -> list[Image.Image]:
 
 
 def _read_image(path: Path) -> Image.Image:
+    if path.exists() and not path.is_file():
+        raise CommandError(f"cannot read {path}: it is {'a folder' if path.is_dir() else 'not a regular file'}")
     try:
-        with Image.open(path) as file:
-            image: Image.Image = file.convert("RGB")
-            return image
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as file:
+                image: Image.Image = file.convert("RGB")
+                return image
     except FileNotFoundError:
         raise CommandError(f"no such file: {path}") from None
     except UnidentifiedImageError:
         raise CommandError(f"not a picture that can be read: {path}") from None
-    except (OSError, Image.DecompressionBombError) as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise CommandError(
+            f"cannot read {path}: it has more than {Image.MAX_IMAGE_PIXELS} pixels; give a smaller picture"
+        ) from None
+    except Exception as error:  # each of Pillow's decoders raises what it likes on a file that is broken
         raise CommandError(f"cannot read {path}: {first_line(error)}") from None
 
 
@@ -92,11 +101,22 @@ def load(name: str, *, dtype: str = "auto", device: str = "cpu", trust_remote_co
             processor = AutoProcessor.from_pretrained(  # type: ignore[no-untyped-call]
                 name, trust_remote_code=trust_remote_code
             )
-            model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError, ImportError, KeyError) as error:
-            raise CommandError(f"cannot load model {name!r}: {first_line(error)}") from None
+            model: Any = AutoModelForImageTextToText.from_pretrained(
+                name, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+            )
+        except Exception as error:  # transformers, tokenizers and safetensors each have their own for a folder that is broken
+            raise _not_loaded(name, error) from None
     model.train(False)
     return Loaded(model.to(device), processor)
+
+
+def _not_loaded(name: str, error: Exception) -> CommandError:
+    if "trust_remote_code" in str(error):
+        return CommandError(
+            f"cannot load model {name!r}: it brings code of its own, which is not run; read that code, and give "
+            "--trust-remote-code if you trust it"
+        )
+    return CommandError(f"cannot load model {name!r}: {first_line(error)}")
 
 
 @contextlib.contextmanager
@@ -117,6 +137,12 @@ def quiet_transformers() -> Iterator[None]:
 def blank_image() -> Image.Image:
     """A grey picture, for looking at a model without a question in mind."""
     return Image.new("RGB", (BLANK_SIZE, BLANK_SIZE), (128, 128, 128))
+
+
+def check_prompt(prompt: str) -> None:
+    """Raises [`CommandError`][] for a prompt that asks nothing."""
+    if not prompt.strip():
+        raise CommandError(f"--prompt {prompt!r} is empty; ask something about the picture")
 
 
 def build_inputs(loaded: Loaded, images: Sequence[Image.Image], prompt: str) -> Any:
@@ -170,3 +196,5 @@ def _check_device(name: str) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # an assertion is what torch built without CUDA raises
         raise CommandError(f"--device {name!r} cannot be used here: {first_line(error)}") from None
+    if device.type == "meta":
+        raise CommandError("--device 'meta' cannot be used here: it holds no numbers")

@@ -35,7 +35,7 @@ def load_model(
     """
     folder = _checked(folder)
     model = LlavaForConditionalGeneration.from_pretrained(
-        folder, dtype=dtype, attn_implementation=attn_implementation, local_files_only=True
+        folder, dtype=dtype, attn_implementation=attn_implementation, local_files_only=True, use_safetensors=True
     )
     model.train(False)
     return model

@@ -128,13 +128,12 @@ class CompactCache:
         """
         if not appended and tokens <= self.room:
             return
-        if not appended:
-            self.reserve *= 2
-        capacity = self._capacity(max(self.reserve, tokens))
+        reserve = self.reserve if appended else 2 * self.reserve
+        capacity = self._capacity(max(reserve, tokens))
         if appended:
             capacity = capacity + tokens
-        self._relayout(capacity)
-        self.room = max(self.reserve, tokens)
+        self._relayout(capacity)  # may run out of memory; then nothing has changed
+        self.reserve, self.room = reserve, max(reserve, tokens)
 
     def advance(self, tokens: int, lengths: Tensor) -> None:
         """Takes note of a step that a graph has done."""

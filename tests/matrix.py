@@ -1,0 +1,134 @@
+"""The suite on the oldest and newest releases that are supported, each pair in a virtual environment of its own.
+
+`make test-matrix` runs this; it needs nothing but Python. What ran with what result is written as JSON.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import platform
+import re
+import subprocess
+import sys
+import time
+import venv
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PAIRS = ("5.17.0:2.11.0", "5.17.0:2.13.0", "5.23.0:2.11.0", "5.23.0:2.13.0")
+"""transformers:torch, oldest and newest of each."""
+FREE = re.compile(r"(torch|transformers|huggingface-hub|tokenizers|torch-tensorrt)==")
+"""What the pair decides; every other release is that of `constraints.txt`."""
+
+
+@dataclasses.dataclass
+class Result:
+    """What the suite said for a pair.
+
+    Attributes:
+        status: `"passed"`, `"failed"`, or `"not installed"` (see `reason`).
+        versions: What pip chose, by package.
+    """
+
+    transformers: str
+    torch: str
+    status: str
+    reason: str = ""
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    failures: list[str] = dataclasses.field(default_factory=list)
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def install(folder: Path, transformers: str, torch: str) -> Path:
+    """Makes the environment of a pair, unless it is there; gives its interpreter."""
+    python, stamp = folder / "bin" / "python", folder / ".installed"
+    if not stamp.is_file():
+        venv.create(folder, with_pip=True, clear=True)
+        lines = (ROOT / "constraints.txt").read_text().splitlines()
+        constraints = folder / "constraints.txt"
+        constraints.write_text("\n".join(line for line in lines if not FREE.match(line)) + "\n")
+        pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--constraint", constraints]
+        subprocess.run([*pip, f"torch=={torch}", f"transformers=={transformers}", "hatchling"], check=True)
+        subprocess.run([*pip, "--no-build-isolation", "--editable", f"{ROOT}[dev]"], check=True)
+        stamp.touch()
+    return python
+
+
+def run_pair(folder: Path, pair: str, arguments: list[str]) -> Result:
+    """Installs a pair and runs the suite on it."""
+    transformers, _, torch = pair.partition(":")
+    try:
+        python = install(folder, transformers, torch)
+    except subprocess.CalledProcessError as error:
+        return Result(transformers, torch, "not installed", f"pip ended with {error.returncode}")
+    report = folder / "report.xml"
+    report.unlink(missing_ok=True)
+    begun = time.perf_counter()
+    done = subprocess.run([python, "-m", "pytest", f"--junit-xml={report}", *arguments], cwd=ROOT)
+    result = Result(transformers, torch, "passed" if done.returncode == 0 else "failed", f"pytest ended with {done.returncode}")
+    result.seconds = round(time.perf_counter() - begun, 1)
+    result.versions = versions_in(python)
+    if report.is_file():
+        count(result, report)
+    return result
+
+
+def versions_in(python: Path) -> dict[str, str]:
+    """The releases that are really there."""
+    names = ("torch", "transformers", "huggingface-hub", "tokenizers", "numpy", "hypothesis")
+    code = f"import json, importlib.metadata as m; print(json.dumps({{name: m.version(name) for name in {names}}}))"
+    versions = json.loads(subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout)
+    return {**versions, "python": platform.python_version()}
+
+
+def count(result: Result, report: Path) -> None:
+    """Reads pytest's report into the result."""
+    for case in ElementTree.parse(report).getroot().iter("testcase"):
+        kinds = {child.tag for child in case}
+        if kinds & {"failure", "error"}:
+            result.failed += 1
+            result.failures.append(f"{case.get('classname')}::{case.get('name')}")
+        elif "skipped" in kinds:
+            result.skipped += 1
+        else:
+            result.passed += 1
+
+
+def main() -> int:
+    """Runs every pair; the exit code is 0 if all passed."""
+    parser = argparse.ArgumentParser(prog="python tests/matrix.py", description=__doc__)
+    parser.add_argument(
+        "--pairs", default=" ".join(PAIRS), help="transformers:torch, separated by spaces (default: %(default)s)"
+    )
+    parser.add_argument("--folder", type=Path, default=ROOT / ".matrix", help="where the environments lie")
+    parser.add_argument("--out", type=Path, help="results (default: results.json in the folder)")
+    parser.add_argument("arguments", nargs="*", help="pytest's, after --")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    out = options.out or options.folder / "results.json"
+    results = []
+    for pair in options.pairs.split():
+        print(f"==> transformers {pair.replace(':', ', torch ')}", flush=True)
+        results.append(run_pair(options.folder.absolute() / pair.replace(":", "-"), pair, options.arguments))
+        record = {
+            "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+            "machine": platform.machine(),
+            "pytest_arguments": options.arguments,
+            "results": [dataclasses.asdict(result) for result in results],
+        }
+        out.write_text(json.dumps(record, indent=2) + "\n")
+    for result in results:
+        print(
+            f"transformers {result.transformers}, torch {result.torch}: {result.status}, {result.passed} passed, "
+            f"{result.failed} failed, {result.skipped} skipped, {result.seconds:.0f} s"
+        )
+    return 0 if all(result.status == "passed" for result in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
