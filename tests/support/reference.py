@@ -176,13 +176,15 @@ class Session:
             new = self._valid[sample, -count:]
             columns = self._valid.shape[1] - count + new.nonzero()[:, 0]
             attention = []
-            for layer, paid in sorted(self._attention.items()):
+            for layer, index in enumerate(self._evicted):
                 seen = torch.cat([self._columns(sample, oracle.kept[layer]), columns])
-                attention.append(paid[sample].mean(0)[new][:, seen])
-            oracle.extend_with_vision(attention, vision[sample, new])
+                attention.append(self._attention[index][sample].mean(0)[new][:, seen])
+            brought = vision[sample, new]
+            visible = self._visible[self._evicted[0]][sample][new][:, columns]
+            oracle.extend_with_vision(attention, brought, visible)
             if self.fragile[sample] is None:  # else they have parted already
                 for twin, sign in zip(self._twins[sample], (1, -1), strict=True):
-                    twin.extend_with_vision([_disturbed(paid, sign) for paid in attention], vision[sample, new])
+                    twin.extend_with_vision([_disturbed(paid, sign) for paid in attention], brought, visible)
             self._compare(sample)
 
     def crop(self, length: int) -> None:
