@@ -15,7 +15,10 @@ from tgvkv_compile.pipeline import STEPS
 from tgvkv_compile.runtime.logical import LogicalKV
 
 ROOT = Path(__file__).parents[2]
-PREFILL = ["traced", "extract_vision_count", "normalise_attention", "insert_scoring", "insert_budgeting", "insert_eviction"]
+PREFILL = [
+    *("traced", "materialise_masks", "extract_vision_count", "normalise_attention"),
+    *("insert_scoring", "insert_budgeting", "insert_eviction"),
+]
 
 SCRIPT = """
 import tests.runtime.requests as r
@@ -74,13 +77,14 @@ def test_a_dump_folder_gets_every_graph_in_order(tmp_path: Path) -> None:
     assert names == expected
     texts = {name: (folder / name).read_text() for name in names}
     assert all("class GraphModule" in text or "def forward" in text for text in texts.values())
-    assert "prefill_scores" not in texts[names[2]] and "prefill_scores" in texts[names[3]]
+    scored = PREFILL.index("insert_scoring")
+    assert "prefill_scores" not in texts[names[scored - 1]] and "prefill_scores" in texts[names[scored]]
     assert "decode_step" in texts[names[-1]] and "decode_step" not in texts[names[-2]]
 
 
 @pytest.mark.parametrize("name", [step.name for step in STEPS])
 def test_stop_after(name: str, tmp_path: Path) -> None:
-    kind = next(kind for step in STEPS if step.name == name for kind in step.kinds)
+    kinds = next(step.kinds for step in STEPS if step.name == name)
     model = compiled(stop_after=name, dump_graphs=str(tmp_path))
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -94,5 +98,5 @@ def test_stop_after(name: str, tmp_path: Path) -> None:
     ours = [str(warning.message) for warning in told if "tgvkv" in str(warning.message)]
     assert ours == [f"tgvkv: stop_after={name!r}: graphs are rewritten for inspection, the model runs uncompressed"]
     dumped = [file.stem.split("-", 2)[1:] for file in sorted(tmp_path.iterdir())]
-    last = PREFILL.index(name) if kind == "prefill" else len(PREFILL) - 1
+    last = PREFILL.index(name) if "prefill" in kinds else len(PREFILL) - 1
     assert dumped == [["prefill", step] for step in PREFILL[: last + 1]]

@@ -77,7 +77,7 @@ def test_budget(budget: Any, why: str) -> None:
         ({"sink_tokens": -1}, "sink_tokens=-1 must be an int >= 0"),
         ({"growth_reserve": 0}, "growth_reserve=0 must be an int >= 1"),
         ({"growth_reserve": 2.0}, "growth_reserve=2.0 must be an int >= 1"),
-        ({"stop_after": "insert"}, "stop_after='insert' is not a pass; choose one of extract_vision_count,"),
+        ({"stop_after": "insert"}, "stop_after='insert' is not a pass; choose one of materialise_masks,"),
         ({"lowering": "eager", "mode": "reduce-overhead"}, "mode='reduce-overhead' is for lowering='inductor'"),
         ({"options": ["a"]}, "options=['a'] must be a dict of Inductor options"),
     ],
