@@ -15,9 +15,9 @@ positions after the prefill and after every step, logits and tokens of stock `ge
 - **video**: tried with videos as well.
 - **graphs**: compiled for a prefill and for decoding, through `generate`. Where decoding takes two, the second is for
   sliding windows or chunks that are full.
-- **direct calls**: graphs of a prefill with `pixel_values` given to the model itself, vision tower included, and of
-  decoding. `-`: not tried, or the vision tower reads sizes from data, which dynamo cannot trace (qwen, glm, pixtral);
-  `generate` runs the tower uncompiled, before.
+- **direct calls**: graphs of a prefill with `pixel_values` given to the model itself, and of decoding; the vision tower,
+  compiled as well, takes graphs of its own in some families. `-`: not tried, or the vision tower reads sizes from data,
+  which dynamo cannot trace (qwen, glm, pixtral); `generate` runs the tower uncompiled, before.
 - Families in **bold** equal the uncompiled model at budget 1.0 as well, tokens and logits; the others are not tried at it.
 
 | family | video | graphs | direct calls | remarks |
@@ -47,7 +47,7 @@ def row(name: str, record: dict[str, Any]) -> str:
 def _graphs(counts: dict[str, int] | None) -> str:
     if counts is None:
         return "-"
-    return ", ".join(f"{counts[kind]} {kind}" for kind in ("prefill", "decode", "dense") if kind in counts)
+    return ", ".join(f"{counts[kind]} {kind}" for kind in ("prefill", "decode"))
 
 
 def render() -> str:
