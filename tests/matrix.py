@@ -75,6 +75,8 @@ def run_pair(folder: Path, pair: str, arguments: list[str]) -> Result:
     result.versions = versions_in(python)
     if report.is_file():
         count(result, report)
+    if result.status == "passed" and not result.passed:
+        result.status, result.reason = "failed", "no test ran"
     return result
 
 
