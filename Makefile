@@ -67,8 +67,9 @@ bench: $(STAMP) ## Run every benchmark (bench/README.md)
 train: $(STAMP) ## Train the small model of the demonstration anew (TRAIN_ARGS='--minutes 10 --out folder')
 	$(BIN)/python -m tgvkv_compile.digits.train $(TRAIN_ARGS)
 
-docs: $(STAMP) ## Write docs/passes.md anew from the docstrings
+docs: $(STAMP) ## Write docs/passes.md anew from the docstrings, and docs/models.md from what the tests ran
 	$(BIN)/python docs/make_passes.py
+	$(BIN)/python docs/make_models.py
 
 build: $(STAMP) ## Build the sdist and the wheel into dist/
 	$(BIN)/python -m build --no-isolation
