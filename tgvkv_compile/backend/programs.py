@@ -117,6 +117,13 @@ def _address(weight: Tensor) -> int:
     return (weight.to_local() if hasattr(weight, "to_local") else weight).data_ptr()
 
 
+def put_handles(outputs: list[Any], slots: Sequence[tuple[int, int]], compact: CompactCache) -> None:
+    """Puts handles of the present length in the places of keys and values, `slots` of each layer."""
+    for layer, (key, value) in enumerate(slots):
+        outputs[key] = make_handle(compact, layer, "key")
+        outputs[value] = make_handle(compact, layer, "value")
+
+
 class PrefillProgram:
     """Runs a rewritten prefill and wraps its compact state into a cache and handles."""
 
@@ -161,9 +168,7 @@ class PrefillProgram:
             # that the check for padding above has not cost already.
             room=options.growth_reserve if valid is None else int(room),
         )
-        for layer, (key, value) in enumerate(self._slots):
-            outputs[key] = make_handle(compact, layer, "key")
-            outputs[value] = make_handle(compact, layer, "value")
+        put_handles(outputs, self._slots, compact)
         return outputs
 
 
@@ -221,9 +226,7 @@ class CachedProgram:
         compact.advance(tokens, outputs.pop())
         compact.padded_turns = compact.padded_turns or (self._padded and compact.batch > 1)
         compact.broken = None
-        for layer, (key, value) in enumerate(self._slots):
-            outputs[key] = make_handle(compact, layer, "key")
-            outputs[value] = make_handle(compact, layer, "value")
+        put_handles(outputs, self._slots, compact)
         return outputs
 
     def _rest(self, inputs: Sequence[Any]) -> list[Any]:

@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from tgvkv_compile.backend.programs import CachedProgram, check_gradients, check_padding
+from tgvkv_compile.backend.programs import CachedProgram, check_gradients, check_padding, put_handles
 from tgvkv_compile.ops.state import Reselected
-from tgvkv_compile.runtime.logical import make_handle
 
 
 class VisionContinuationProgram(CachedProgram):
@@ -32,7 +31,5 @@ class VisionContinuationProgram(CachedProgram):
             decided,
         )
         compact.padded_turns = compact.padded_turns or not bool(decided.valid.all())
-        for layer, (key, value) in enumerate(self._slots):
-            outputs[key] = make_handle(compact, layer, "key")
-            outputs[value] = make_handle(compact, layer, "value")
+        put_handles(outputs, self._slots, compact)
         return outputs
