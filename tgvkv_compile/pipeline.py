@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from tgvkv_compile.passes.insert_eviction import insert_eviction
 from tgvkv_compile.passes.insert_rebudgeting import insert_rebudgeting
 from tgvkv_compile.passes.insert_scoring import insert_scoring
 from tgvkv_compile.passes.insert_survivors import insert_survivors
+from tgvkv_compile.passes.insert_vision_input import insert_vision_input
 from tgvkv_compile.passes.inserted import Budgets, Candidates, Scores
 from tgvkv_compile.passes.materialise_masks import materialise_masks
 from tgvkv_compile.passes.normalise_attention import normalise_attention
@@ -247,7 +248,7 @@ def rewrite_graph(
     Raises:
         InternalError: A step broke the graph.
     """
-    gm = _copy(gm)
+    gm = copy_graph(gm)
     pin_effects(gm)
     environment = Environment()
     environment.adopt(gm, inputs)
@@ -270,14 +271,22 @@ def rewrite_graph(
     return rewrite
 
 
-def _copy(gm: GraphModule) -> GraphModule:
+def with_vision_inputs(gm: GraphModule, places: Sequence[int]) -> GraphModule:
+    """A copy of the graph given masks for those inputs that hold merged embeddings; see `insert_vision_input`."""
+    other = copy_graph(gm)
+    insert_vision_input(other, places)
+    return other
+
+
+def copy_graph(gm: GraphModule) -> GraphModule:
     """A copy that keeps what dynamo wrote on the graph's inputs: which are weights decides what CUDA graphs copy."""
     other = copy.deepcopy(gm)
     pairs = zip(gm.graph.find_nodes(op="placeholder"), other.graph.find_nodes(op="placeholder"), strict=True)
     for old, new in pairs:
         new._dynamo_source = getattr(old, "_dynamo_source", None)
-    if hasattr(gm, "_param_name_to_source"):
-        other._param_name_to_source = gm._param_name_to_source
+    for name in ("_param_name_to_source", "compile_subgraph_reason"):
+        if hasattr(gm, name):
+            setattr(other, name, getattr(gm, name))
     return other
 
 

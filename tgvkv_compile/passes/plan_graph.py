@@ -67,7 +67,8 @@ def plan_graph(
         what = "no KV append in the graph" if not appends else "text-only prompt or uncompressed cache, nothing to evict"
         return Plan("dense", what, sites)
     if modality is not None and not appends and not misses and not compressed:
-        return Plan("dense", "vision is merged, but the graph keeps no KV (use_cache=False)", modality=modality)
+        why = "vision is merged, but the graph keeps no KV (use_cache=False, or another graph holds the decoder)"
+        return Plan("dense", why, modality=modality)
     problems = [*misses, *_disagreements(sites)]
     if not problems and not sites and appends:
         problems.append(_at(appends[0], "no attention reads this KV append"))
