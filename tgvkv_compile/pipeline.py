@@ -31,6 +31,7 @@ from tgvkv_compile.passes.insert_rebudgeting import insert_rebudgeting
 from tgvkv_compile.passes.insert_scoring import insert_scoring
 from tgvkv_compile.passes.insert_survivors import insert_survivors
 from tgvkv_compile.passes.insert_vision_input import insert_vision_input
+from tgvkv_compile.passes.insert_whole_past import insert_whole_past
 from tgvkv_compile.passes.inserted import Budgets, Candidates, Scores
 from tgvkv_compile.passes.materialise_masks import materialise_masks
 from tgvkv_compile.passes.normalise_attention import normalise_attention
@@ -72,7 +73,7 @@ class Rewrite:
         nodes += [scores.roles, *scores.mass, *scores.score] if scores is not None else []
         nodes += [budgets.allocation] if budgets is not None else []
         if self.candidates is not None:
-            nodes += self.candidates.roles
+            nodes += [*self.candidates.roles, self.candidates.history, self.candidates.keep_rate]
         return frozenset(nodes)
 
 
@@ -116,6 +117,10 @@ def _survive(rewrite: Rewrite) -> None:
     rewrite.plan, rewrite.candidates = insert_survivors(rewrite.gm, rewrite.plan, *_fake_survivors(rewrite))
 
 
+def _survive_whole(rewrite: Rewrite) -> None:
+    rewrite.plan, rewrite.candidates = insert_whole_past(rewrite.gm, rewrite.plan)
+
+
 def _rebudget(rewrite: Rewrite) -> None:
     assert rewrite.candidates is not None
     insert_rebudgeting(rewrite.gm, rewrite.plan, rewrite.candidates, rewrite.config)
@@ -136,10 +141,11 @@ class Step:
 
 
 STEPS: tuple[Step, ...] = (
-    Step("materialise_masks", frozenset({"prefill", "continuation", "vision_continuation"}), _materialise),
+    Step("materialise_masks", frozenset({"prefill", "continuation", "vision_continuation", "late_prefill"}), _materialise),
     Step("extract_vision_count", frozenset({"prefill"}), _count_vision, requires=("materialise_masks",)),
     Step("insert_survivors", frozenset({"vision_continuation"}), _survive, requires=("materialise_masks",), sizes_arena=True),
-    Step("normalise_attention", frozenset({"prefill", "vision_continuation"}), _normalise),
+    Step("insert_whole_past", frozenset({"late_prefill"}), _survive_whole, requires=("materialise_masks",)),
+    Step("normalise_attention", frozenset({"prefill", "vision_continuation", "late_prefill"}), _normalise),
     Step("insert_scoring", frozenset({"prefill"}), _score, requires=("normalise_attention",)),
     Step("insert_budgeting", frozenset({"prefill"}), _budget, requires=("insert_scoring",)),
     Step("insert_eviction", frozenset({"prefill"}), _evict, requires=("insert_budgeting",), sizes_arena=True),
@@ -147,7 +153,7 @@ STEPS: tuple[Step, ...] = (
     Step("insert_continuation", frozenset({"continuation"}), _continue, requires=("materialise_masks",), sizes_arena=True),
     Step(
         "insert_rebudgeting",
-        frozenset({"vision_continuation"}),
+        frozenset({"vision_continuation", "late_prefill"}),
         _rebudget,
         requires=("insert_survivors", "normalise_attention"),
     ),

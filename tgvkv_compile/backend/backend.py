@@ -14,7 +14,7 @@ from tgvkv_compile.backend import dynamo
 from tgvkv_compile.backend.carried import MarkedProgram, MergingProgram, VisionMarks, merged_before_break
 from tgvkv_compile.backend.options import GROWTH_RESERVE, BackendOptions, read_options
 from tgvkv_compile.backend.programs import CachedProgram, PrefillProgram, Refusal, fewest_vision, key_weight
-from tgvkv_compile.backend.vision_turn import VisionContinuationProgram
+from tgvkv_compile.backend.vision_turn import LatePrefillProgram, VisionContinuationProgram
 from tgvkv_compile.config import (
     SINK_TOKENS,
     Budgeting,
@@ -169,6 +169,8 @@ class TgvkvBackend:
         weight = key_weight(plan, gm)
         if plan.kind == "prefill":
             return PrefillProgram(rewrite, options, id(self), weight)
+        if plan.kind == "late_prefill":
+            return LatePrefillProgram(rewrite, options, id(self), weight)
         position = {node.name: index for index, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
         appends = [append for site in plan.sites for append in (site.key, site.value)]
         pasts = [position[append.past.name] for append in appends if append.past is not None]

@@ -26,6 +26,7 @@ from tgvkv_compile.runtime.logical import LogicalKV
 _LATER: dict[GraphKind, str] = {
     "decode": "append one token to the compressed cache, and evict at most one entry per layer",
     "continuation": "append a later turn to the compressed cache: all its tokens are kept, nothing is evicted",
+    "late_prefill": "compress the cache, which holds text only so far, with the new tokens, and evict while decoding",
     "vision_continuation": "share the budget out again over what the compressed cache still holds and the new tokens",
 }
 

@@ -10,10 +10,10 @@ from tgvkv_compile.plan import ModalityMask
 def find_merged(gm: GraphModule, modality: ModalityMask) -> tuple[int, ...]:
     """Finds the outputs that are computed from a merge and are embeddings still.
 
-    ::
+    Here it is output 1::
 
         %merged : f32[B, N, hidden]  = %embeds.masked_scatter(%mask, %features)
-        return (%other, %merged)                                                # -> (1,)
+        return (%other, %merged)
 
     Returns:
         The places of the outputs, floating-point `[B, N, hidden]`.

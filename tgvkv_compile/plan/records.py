@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch.fx import Node
 
-GraphKind = Literal["prefill", "decode", "continuation", "vision_continuation", "dense"]
+GraphKind = Literal["prefill", "decode", "continuation", "vision_continuation", "late_prefill", "dense"]
 AttentionForm = Literal["sdpa", "eager", "flex"]
 
 
@@ -128,7 +128,8 @@ class Plan:
 
     Attributes:
         kind: `prefill` (vision, empty past), `decode` (one query, compressed past), `continuation` (several queries,
-            compressed past), `vision_continuation` (vision, compressed past) or `dense` (not ours: left as it is).
+            compressed past), `vision_continuation` (vision, compressed past), `late_prefill` (vision, uncompressed
+            past) or `dense` (not ours: left as it is).
         reason: Why, in one sentence.
         sites: The attention sites in layer order.
         modality: The modality mask of a prefill or of a turn with new vision.
