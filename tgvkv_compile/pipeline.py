@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ from tgvkv_compile.passes.insert_eviction import insert_eviction
 from tgvkv_compile.passes.insert_rebudgeting import insert_rebudgeting
 from tgvkv_compile.passes.insert_scoring import insert_scoring
 from tgvkv_compile.passes.insert_survivors import insert_survivors
+from tgvkv_compile.passes.insert_vision_input import insert_vision_input
+from tgvkv_compile.passes.insert_whole_past import insert_whole_past
 from tgvkv_compile.passes.inserted import Budgets, Candidates, Scores
 from tgvkv_compile.passes.materialise_masks import materialise_masks
 from tgvkv_compile.passes.normalise_attention import normalise_attention
@@ -71,7 +73,7 @@ class Rewrite:
         nodes += [scores.roles, *scores.mass, *scores.score] if scores is not None else []
         nodes += [budgets.allocation] if budgets is not None else []
         if self.candidates is not None:
-            nodes += self.candidates.roles
+            nodes += [*self.candidates.roles, self.candidates.history, self.candidates.keep_rate]
         return frozenset(nodes)
 
 
@@ -115,6 +117,10 @@ def _survive(rewrite: Rewrite) -> None:
     rewrite.plan, rewrite.candidates = insert_survivors(rewrite.gm, rewrite.plan, *_fake_survivors(rewrite))
 
 
+def _survive_whole(rewrite: Rewrite) -> None:
+    rewrite.plan, rewrite.candidates = insert_whole_past(rewrite.gm, rewrite.plan)
+
+
 def _rebudget(rewrite: Rewrite) -> None:
     assert rewrite.candidates is not None
     insert_rebudgeting(rewrite.gm, rewrite.plan, rewrite.candidates, rewrite.config)
@@ -135,10 +141,11 @@ class Step:
 
 
 STEPS: tuple[Step, ...] = (
-    Step("materialise_masks", frozenset({"prefill", "continuation", "vision_continuation"}), _materialise),
+    Step("materialise_masks", frozenset({"prefill", "continuation", "vision_continuation", "late_prefill"}), _materialise),
     Step("extract_vision_count", frozenset({"prefill"}), _count_vision, requires=("materialise_masks",)),
     Step("insert_survivors", frozenset({"vision_continuation"}), _survive, requires=("materialise_masks",), sizes_arena=True),
-    Step("normalise_attention", frozenset({"prefill", "vision_continuation"}), _normalise),
+    Step("insert_whole_past", frozenset({"late_prefill"}), _survive_whole, requires=("materialise_masks",)),
+    Step("normalise_attention", frozenset({"prefill", "vision_continuation", "late_prefill"}), _normalise),
     Step("insert_scoring", frozenset({"prefill"}), _score, requires=("normalise_attention",)),
     Step("insert_budgeting", frozenset({"prefill"}), _budget, requires=("insert_scoring",)),
     Step("insert_eviction", frozenset({"prefill"}), _evict, requires=("insert_budgeting",), sizes_arena=True),
@@ -146,7 +153,7 @@ STEPS: tuple[Step, ...] = (
     Step("insert_continuation", frozenset({"continuation"}), _continue, requires=("materialise_masks",), sizes_arena=True),
     Step(
         "insert_rebudgeting",
-        frozenset({"vision_continuation"}),
+        frozenset({"vision_continuation", "late_prefill"}),
         _rebudget,
         requires=("insert_survivors", "normalise_attention"),
     ),
@@ -247,7 +254,7 @@ def rewrite_graph(
     Raises:
         InternalError: A step broke the graph.
     """
-    gm = _copy(gm)
+    gm = copy_graph(gm)
     pin_effects(gm)
     environment = Environment()
     environment.adopt(gm, inputs)
@@ -270,14 +277,22 @@ def rewrite_graph(
     return rewrite
 
 
-def _copy(gm: GraphModule) -> GraphModule:
+def with_vision_inputs(gm: GraphModule, places: Sequence[int]) -> GraphModule:
+    """A copy of the graph given masks for those inputs that hold merged embeddings; see `insert_vision_input`."""
+    other = copy_graph(gm)
+    insert_vision_input(other, places)
+    return other
+
+
+def copy_graph(gm: GraphModule) -> GraphModule:
     """A copy that keeps what dynamo wrote on the graph's inputs: which are weights decides what CUDA graphs copy."""
     other = copy.deepcopy(gm)
     pairs = zip(gm.graph.find_nodes(op="placeholder"), other.graph.find_nodes(op="placeholder"), strict=True)
     for old, new in pairs:
         new._dynamo_source = getattr(old, "_dynamo_source", None)
-    if hasattr(gm, "_param_name_to_source"):
-        other._param_name_to_source = gm._param_name_to_source
+    for name in ("_param_name_to_source", "compile_subgraph_reason"):
+        if hasattr(gm, name):
+            setattr(other, name, getattr(gm, name))
     return other
 
 

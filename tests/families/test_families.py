@@ -74,17 +74,43 @@ def test_a_padded_batch_in_generate(name: str) -> None:
     inputs = make_inputs(family, model, mixed("image"))
     assert_same_run(traced_generate(model, inputs, STEPS), expected_of(family, inputs))
     assert backend.graphs == RECORD[name]["graphs"]
+    assert RECORD[name]["batch"] and RECORD[name]["images"] == 2  # what `mixed` has
+
+
+def of_decoder(graphs: dict[str, int]) -> dict[str, int]:
+    """How many graphs dynamo makes of the rest is its own affair."""
+    return {kind: count for kind, count in graphs.items() if kind != "dense"}
 
 
 @pytest.mark.parametrize("name", recorded("direct"))
 def test_one_prompt_by_direct_calls(name: str) -> None:
-    """Without mask and positions: attention is causal as such, and the vision tower is in the compiled code."""
+    """Without mask and positions: attention is causal as such, and the model finds positions and features by itself."""
     family = FAMILIES[name]
     model, backend = compiled(family, BUDGET)
     inputs = make_inputs(family, model, single("image"))
     assert_same_run(run(model, inputs, STEPS, give_mask=False, give_positions=False), expected_of(family, inputs))
-    # How many graphs dynamo makes of a vision tower is its own affair.
-    assert {kind: count for kind, count in backend.graphs.items() if kind != "dense"} == RECORD[name]["direct"]
+    assert of_decoder(backend.graphs) == RECORD[name]["direct"]
+
+
+@pytest.mark.parametrize("name", recorded("direct"))
+def test_a_padded_batch_in_a_direct_call(name: str) -> None:
+    """The prefill only: where positions have three rows, a step of a padded batch needs positions from the caller."""
+    family = FAMILIES[name]
+    model, backend = compiled(family, BUDGET)
+    inputs = make_inputs(family, model, mixed("image"))
+    expected = expected_of(family, inputs)
+    expected.logits, expected.kept, expected.tokens = expected.logits[:1], expected.kept[:1], expected.tokens[:1]
+    assert_same_run(run(model, inputs, 0, give_positions=False), expected)
+    assert of_decoder(backend.graphs) == {"prefill": RECORD[name]["direct"]["prefill"]}
+
+
+@pytest.mark.parametrize("name", recorded("video"))
+def test_videos_by_direct_calls(name: str) -> None:
+    family = FAMILIES[name]
+    model, backend = compiled(family, BUDGET)
+    inputs = make_inputs(family, model, single("video"))
+    assert_same_run(run(model, inputs, STEPS, give_mask=False, give_positions=False), expected_of(family, inputs))
+    assert of_decoder(backend.graphs) == RECORD[name]["direct"]
 
 
 @pytest.mark.parametrize("name", recorded("video"))

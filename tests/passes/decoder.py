@@ -154,6 +154,9 @@ class Decoder(nn.Module):
         hidden = self.embed(ids)
         if features is not None:
             hidden = hidden.masked_scatter((ids == IMAGE).unsqueeze(-1), features)
+        return self.decode(hidden, past, mask)
+
+    def decode(self, hidden: Tensor, past: list[tuple[Tensor, Tensor]] | None, mask: Tensor | None) -> Any:
         caches = []
         for index, layer in enumerate(self.layers):
             before = (torch.tensor([]), torch.tensor([])) if past is None else past[index]

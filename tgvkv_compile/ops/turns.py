@@ -39,6 +39,28 @@ def extend_history(history: Tensor, new: Roles) -> Tensor:
     return torch.cat([history, room], dim=1).scatter(1, index, new.vision)[:, :-1]
 
 
+def whole_past(mask: Tensor | None, past: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What a turn knows of an uncompressed past: all of it is there, and none of it is vision.
+
+    Args:
+        mask: `[B|1, 1|H, Q, S + Q]`, which tells the padding in the past; None: there is none.
+        past: `[B, Hkv, S, D]`.
+
+    Returns:
+        bool `[B, S]`, which positions are vision; int64 `[B]`, tokens; int64 `[B, S]`, the position of each column, -1 for
+        padding.
+    """
+    length = past.shape[2]
+    valid = torch.ones_like(past[:, 0, :, 0], dtype=torch.bool) if mask is None else valid_columns(mask, past)[:, :length]
+    count = valid.to(torch.int64).cumsum(1)
+    return torch.zeros_like(valid), valid.to(torch.int64).sum(1), torch.where(valid, count - 1, -1)
+
+
+def whole_rate(past: Tensor, num_layers: int) -> Tensor:
+    """`[B, L]` float32: nothing is ever evicted of a sample that has seen no vision."""
+    return past.new_ones((past.shape[0], num_layers), dtype=torch.float32)
+
+
 def turn_roles(vision: Tensor, mask: Tensor | None, lengths: Tensor) -> Roles:
     """The roles of a turn's tokens, at their true positions; `lengths` of the result are the true total lengths.
 

@@ -3,7 +3,7 @@
 import torch
 from torch.fx import GraphModule, Node
 
-from tgvkv_compile.fx.meta import fake_value, is_tensor
+from tgvkv_compile.fx.meta import VISION_OF, fake_value, is_tensor
 from tgvkv_compile.fx.targets import argument, op_kind
 from tgvkv_compile.plan import ModalityMask
 
@@ -16,13 +16,19 @@ def find_modality(gm: GraphModule) -> ModalityMask | None:
         %mask   : b8[B, N, 1]        = (%input_ids == IMAGE_TOKEN_ID).unsqueeze(-1)     # or a placeholder
         %merged : f32[B, N, hidden]  = %embeds.masked_scatter(%mask, %features)
 
+    Embeddings that other graphs merged vision into come with their mask (`insert_vision_input`).
+
     Returns:
-        The masks of all merges of one graph (images, video), or None where nothing is merged.
+        The masks of all merges (images, video), or None where nothing is merged.
     """
-    merges = [node for node in gm.graph.nodes if op_kind(node) == "masked_scatter" and _is_merge(node)]
-    if not merges:
+    inputs = {node.name: node for node in gm.graph.find_nodes(op="placeholder")}
+    masks = [node for node in inputs.values() if VISION_OF in node.meta]
+    merges = [inputs[mask.meta[VISION_OF]] for mask in masks]
+    own = [node for node in gm.graph.nodes if op_kind(node) == "masked_scatter" and _is_merge(node)]
+    if not masks and not own:
         return None
-    return ModalityMask(tuple(argument(node, 1, "mask") for node in merges), tuple(merges))
+    masks += [argument(node, 1, "mask") for node in own]
+    return ModalityMask(tuple(masks), (*merges, *own))
 
 
 def _is_merge(node: Node) -> bool:

@@ -17,7 +17,7 @@ class Scores:
 
 @dataclasses.dataclass(frozen=True)
 class Candidates:
-    """From `insert_survivors`: what a turn with new vision chooses from.
+    """From `insert_survivors` or `insert_whole_past`: what a turn with new vision chooses from.
 
     Attributes:
         new: `Roles` of the new tokens.
