@@ -104,7 +104,7 @@ class ModalityMask:
 
     Attributes:
         masks: bool `[B, N, 1]` or `[B, N, hidden]`, one per merge (images, video); in the graph, or inputs of it.
-        merges: The `masked_scatter` nodes, and inputs that hold embeddings which another graph merged.
+        merges: The `masked_scatter` (or `where`) nodes, and inputs that hold embeddings which another graph merged.
     """
 
     masks: tuple[Node, ...]
