@@ -207,7 +207,7 @@ def test_the_prefill_never_holds_attention(monkeypatch: pytest.MonkeyPatch, atte
     prefill(model, inputs)
     (mode,) = modes
     assert "tgvkv.prefill_scores.default" in mode.operators
-    if masked == "no-mask" and attention == "sdpa":
+    if masked == "no-mask" and attention == "sdpa" and torch.__version__ >= "2.13":  # before, dynamo hands a mask of one head over
         assert not mode.found
     for operator, shape in mode.found:
         one_head = shape in ((batch, 1, length, length), (batch, length, length), (1, 1, length, length))
@@ -234,10 +234,11 @@ def test_the_rewritten_graph(monkeypatch: pytest.MonkeyPatch, attention: str, ba
     _, graphs = watch_graphs(monkeypatch, length)
     model = make_model(shape)
     model.compile(backend=tgvkv_backend(0.1, lowering="eager"))
-    # The vision tower outside, as `generate` has it: what is left in the graph is the decoder.
+    # The vision tower outside, as newer `generate` has it: what is left in the graph is the decoder.
     with torch.no_grad():
-        features = model.get_image_features(pixel_values=inputs.pop("pixel_values"))
-        model(**inputs, mm_encoder_outputs={"image": features}, use_cache=True)
+        features = model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True)
+        monkeypatch.setattr(model.model, "get_image_features", lambda **_: features)
+        model(**inputs, use_cache=True)
     (gm,) = graphs
     assert all(op_kind(node) != "softmax" for node in gm.graph.nodes)
     targets = [getattr(node.target, "__name__", "") for node in gm.graph.nodes]

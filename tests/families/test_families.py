@@ -9,18 +9,22 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from tests.families.family import IMAGE, VIDEO, Family, Kind, Prompt, make_inputs, make_model
 from tests.families.table import FAMILIES
 from tests.support.comparing import assert_same_run
 from tests.support.reference import ReferenceTrace, Session
 from tests.support.running import run, traced_generate
-from tgvkv_compile import tgvkv_backend
+from tgvkv_compile import leave_vision_uncompiled, tgvkv_backend
+from tgvkv_compile.backend.vision_tower import encodes_before_prefill
 from tgvkv_compile.config import EvictionConfig
 
 RECORD: dict[str, Any] = json.loads((Path(__file__).parents[2] / "docs" / "models.json").read_text(encoding="utf-8"))
 BUDGET = 0.3
 STEPS = 7
+FAIL_ALONE = ("llama4",)
+"""Nothing else may be skipped."""
 
 
 def recorded(what: str) -> list[str]:
@@ -28,11 +32,33 @@ def recorded(what: str) -> list[str]:
     return [name for name, record in RECORD.items() if record[what]]
 
 
-def compiled(family: Family, budget: float) -> tuple[Any, Any]:
-    """A model compiled in place, and its backend."""
+def skip_what_fails_alone(name: str) -> None:
+    """Skips a family that a release of transformers broke, if the uncompiled model fails here: llama4 does on 5.24.0."""
+    if name not in FAIL_ALONE:
+        return
+    family = FAMILIES[name]
+    model = make_model(family)
+    try:
+        model.generate(**make_inputs(family, model, mixed("image")), max_new_tokens=1, do_sample=False)
+    except (AttributeError, TypeError) as error:
+        pytest.skip(f"{name} of transformers {transformers.__version__} fails uncompiled: {error}")
+
+
+def compiled(family: Family, budget: float, *, tower: bool | None = None) -> tuple[Any, Any]:
+    """A model compiled in place, and its backend.
+
+    The vision tower is compiled with it if `tower`; by default it is left to what `generate` of newer transformers does.
+    """
     model, backend = make_model(family), tgvkv_backend(budget, lowering="eager")
+    if not (encodes_before_prefill(model) if tower is None else tower):
+        leave_vision_uncompiled(model)
     model.compile(backend=backend)
     return model, backend
+
+
+def graphs(model: Any, backend: Any) -> dict[str, int]:
+    """How many were compiled of each kind; what stands before a tower that breaks the graph is dense, and not counted."""
+    return {kind: count for kind, count in backend.graphs.items() if kind != "dense" or encodes_before_prefill(model)}
 
 
 def single(kind: Kind) -> tuple[Prompt, ...]:
@@ -69,22 +95,33 @@ def test_the_whole_budget_is_the_uncompiled_model(name: str) -> None:
 
 @pytest.mark.parametrize("name", recorded("graphs"))
 def test_a_padded_batch_in_generate(name: str) -> None:
+    skip_what_fails_alone(name)
     family = FAMILIES[name]
     model, backend = compiled(family, BUDGET)
     inputs = make_inputs(family, model, mixed("image"))
     assert_same_run(traced_generate(model, inputs, STEPS), expected_of(family, inputs))
-    assert backend.graphs == RECORD[name]["graphs"]
+    assert graphs(model, backend) == RECORD[name]["graphs"]
 
 
 @pytest.mark.parametrize("name", recorded("direct"))
 def test_one_prompt_by_direct_calls(name: str) -> None:
     """Without mask and positions: attention is causal as such, and the vision tower is in the compiled code."""
+    direct_calls(name, tower=True, wanted=RECORD[name]["direct"])
+
+
+@pytest.mark.parametrize("name", ["mistral3", "lighton_ocr", "exaone4_5", "video_llama_3"])
+def test_one_prompt_by_direct_calls_with_the_tower_left_uncompiled(name: str) -> None:
+    """dynamo cannot trace these towers, but all that comes after them. (qwen's and glm's positions break the graph again.)"""
+    direct_calls(name, tower=False, wanted=RECORD[name]["graphs"])
+
+
+def direct_calls(name: str, *, tower: bool, wanted: dict[str, int]) -> None:
     family = FAMILIES[name]
-    model, backend = compiled(family, BUDGET)
+    model, backend = compiled(family, BUDGET, tower=tower)
     inputs = make_inputs(family, model, single("image"))
     assert_same_run(run(model, inputs, STEPS, give_mask=False, give_positions=False), expected_of(family, inputs))
-    # How many graphs dynamo makes of a vision tower is its own affair.
-    assert {kind: count for kind, count in backend.graphs.items() if kind != "dense"} == RECORD[name]["direct"]
+    # How many graphs dynamo makes of a vision tower, or around one, is its own affair.
+    assert {kind: count for kind, count in backend.graphs.items() if kind != "dense"} == wanted
 
 
 @pytest.mark.parametrize("name", recorded("video"))
@@ -93,7 +130,7 @@ def test_videos(name: str) -> None:
     model, backend = compiled(family, BUDGET)
     inputs = make_inputs(family, model, mixed("video"))
     assert_same_run(traced_generate(model, inputs, STEPS), expected_of(family, inputs))
-    assert backend.graphs == RECORD[name]["graphs"]
+    assert graphs(model, backend) == RECORD[name]["graphs"]
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision"])
@@ -103,4 +140,4 @@ def test_an_image_and_a_video_in_one_prompt(name: str) -> None:
     model, backend = compiled(family, BUDGET)
     inputs = make_inputs(family, model, ((4, "video", 3, "image", 8),))
     assert_same_run(traced_generate(model, inputs, STEPS), expected_of(family, inputs))
-    assert backend.graphs == RECORD[name]["graphs"]
+    assert graphs(model, backend) == RECORD[name]["graphs"]
