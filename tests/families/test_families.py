@@ -138,6 +138,10 @@ def test_an_image_and_a_video_in_one_prompt(name: str) -> None:
     """Two merges in one graph: vision is what either of them fills."""
     family = FAMILIES[name]
     model, backend = compiled(family, BUDGET)
+    if not encodes_before_prefill(model):
+        pytest.skip(
+            f"{name} of transformers {transformers.__version__} encodes inside of the model: the second tower splits it"
+        )
     inputs = make_inputs(family, model, ((4, "video", 3, "image", 8),))
     assert_same_run(traced_generate(model, inputs, STEPS), expected_of(family, inputs))
     assert graphs(model, backend) == RECORD[name]["graphs"]

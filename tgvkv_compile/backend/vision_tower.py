@@ -30,7 +30,8 @@ def leave_vision_uncompiled(model: Model) -> Model:
             function = getattr(type(module), name, None)
             if inspect.isfunction(function) and name not in vars(module):
                 # A bound method, so that `copy.deepcopy` binds the copy's to the copy.
-                setattr(module, name, types.MethodType(torch.compiler.disable(function), module))
+                disabled = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+                setattr(module, name, types.MethodType(disabled, module))
     return model
 
 
