@@ -185,6 +185,12 @@ def watch_graphs(monkeypatch: pytest.MonkeyPatch, length: int) -> tuple[list[Lar
 MASKING = {"zeros_like", "masked_fill", "where", "alias", "select", "expand", "slice", "_to_copy", "unsqueeze", "clone"}
 
 
+def hands_masks(gm: GraphModule) -> bool:
+    """Whether attention is given a mask: older releases make one of one head where nothing is padded, too."""
+    calls = [node for node in gm.graph.nodes if getattr(node.target, "__name__", "").startswith("scaled_dot_product_attention")]
+    return any(node.args[3] is not None for node in calls)
+
+
 @pytest.mark.parametrize(
     ("attention", "lowering", "masked"),
     [
@@ -201,13 +207,13 @@ def test_the_prefill_never_holds_attention(monkeypatch: pytest.MonkeyPatch, atte
     length = inputs["input_ids"].shape[1]
     if masked == "no-mask":
         del inputs["attention_mask"]
-    modes, _ = watch_graphs(monkeypatch, length)
+    modes, graphs = watch_graphs(monkeypatch, length)
     model = make_model(dataclasses.replace(LONG, attention=attention))
     model.compile(backend=tgvkv_backend(0.1, lowering=lowering))
     prefill(model, inputs)
     (mode,) = modes
     assert "tgvkv.prefill_scores.default" in mode.operators
-    if masked == "no-mask" and attention == "sdpa":
+    if masked == "no-mask" and attention == "sdpa" and not hands_masks(graphs[0]):
         assert not mode.found
     for operator, shape in mode.found:
         one_head = shape in ((batch, 1, length, length), (batch, length, length), (1, 1, length, length))
@@ -234,10 +240,11 @@ def test_the_rewritten_graph(monkeypatch: pytest.MonkeyPatch, attention: str, ba
     _, graphs = watch_graphs(monkeypatch, length)
     model = make_model(shape)
     model.compile(backend=tgvkv_backend(0.1, lowering="eager"))
-    # The vision tower outside, as `generate` has it: what is left in the graph is the decoder.
+    # The vision tower outside, as newer `generate` has it: what is left in the graph is the decoder.
     with torch.no_grad():
-        features = model.get_image_features(pixel_values=inputs.pop("pixel_values"))
-        model(**inputs, mm_encoder_outputs={"image": features}, use_cache=True)
+        features = model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True)
+        monkeypatch.setattr(model.model, "get_image_features", lambda **_: features)
+        model(**inputs, use_cache=True)
     (gm,) = graphs
     assert all(op_kind(node) != "softmax" for node in gm.graph.nodes)
     targets = [getattr(node.target, "__name__", "") for node in gm.graph.nodes]

@@ -3,12 +3,14 @@
 What is recorded in `docs/models.json` is what these tests hold it to; `docs/models.md` is made from it.
 """
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from tests.families.family import IMAGE, VIDEO, Family, Kind, Prompt, make_inputs, make_model
 from tests.families.table import FAMILIES
@@ -21,11 +23,25 @@ from tgvkv_compile.config import EvictionConfig
 RECORD: dict[str, Any] = json.loads((Path(__file__).parents[2] / "docs" / "models.json").read_text(encoding="utf-8"))
 BUDGET = 0.3
 STEPS = 7
+FAIL_ALONE = ("llama4",)
+"""Nothing else may be skipped."""
 
 
 def recorded(what: str) -> list[str]:
     """The families that have something under this name."""
     return [name for name, record in RECORD.items() if record[what]]
+
+
+def skip_what_fails_alone(name: str) -> None:
+    """Skips a family that a release of transformers broke, if the uncompiled model fails here: llama4 does on 5.24.0."""
+    if name not in FAIL_ALONE:
+        return
+    family = FAMILIES[name]
+    model = make_model(family)
+    try:
+        model.generate(**make_inputs(family, model, mixed("image")), max_new_tokens=1, do_sample=False)
+    except (AttributeError, TypeError) as error:
+        pytest.skip(f"{name} of transformers {transformers.__version__} fails uncompiled: {error}")
 
 
 def compiled(family: Family, budget: float) -> tuple[Any, Any]:
@@ -69,12 +85,18 @@ def test_the_whole_budget_is_the_uncompiled_model(name: str) -> None:
 
 @pytest.mark.parametrize("name", recorded("graphs"))
 def test_a_padded_batch_in_generate(name: str) -> None:
+    skip_what_fails_alone(name)
     family = FAMILIES[name]
     model, backend = compiled(family, BUDGET)
     inputs = make_inputs(family, model, mixed("image"))
     assert_same_run(traced_generate(model, inputs, STEPS), expected_of(family, inputs))
-    assert backend.graphs == RECORD[name]["graphs"]
+    assert of_generate(model, backend.graphs) == RECORD[name]["graphs"]
     assert RECORD[name]["batch"] and RECORD[name]["images"] == 2  # what `mixed` has
+
+
+def of_generate(model: Any, graphs: dict[str, int]) -> dict[str, int]:
+    """All graphs, or those of the decoder where `generate` of an older transformers encodes vision inside of the model."""
+    return graphs if "mm_encoder_outputs" in inspect.signature(model.forward).parameters else of_decoder(graphs)
 
 
 def of_decoder(graphs: dict[str, int]) -> dict[str, int]:
@@ -119,7 +141,7 @@ def test_videos(name: str) -> None:
     model, backend = compiled(family, BUDGET)
     inputs = make_inputs(family, model, mixed("video"))
     assert_same_run(traced_generate(model, inputs, STEPS), expected_of(family, inputs))
-    assert backend.graphs == RECORD[name]["graphs"]
+    assert of_generate(model, backend.graphs) == RECORD[name]["graphs"]
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision"])
@@ -129,4 +151,4 @@ def test_an_image_and_a_video_in_one_prompt(name: str) -> None:
     model, backend = compiled(family, BUDGET)
     inputs = make_inputs(family, model, ((4, "video", 3, "image", 8),))
     assert_same_run(traced_generate(model, inputs, STEPS), expected_of(family, inputs))
-    assert backend.graphs == RECORD[name]["graphs"]
+    assert of_generate(model, backend.graphs) == RECORD[name]["graphs"]
