@@ -226,6 +226,7 @@ def rewritten(
     *,
     compressed: frozenset[str] = frozenset(),
     config: EvictionConfig | None = None,
+    prefill_cap: float | None = None,
 ) -> Rewrite:
     return rewrite_graph(
         gm,
@@ -234,6 +235,7 @@ def rewritten(
         config or EvictionConfig(budget=0.4),
         reserve=4,
         slots_hint=lambda rewrite: SLOTS,
+        prefill_cap=prefill_cap,
         stop_after=stop_after,
     )
 

@@ -50,6 +50,7 @@ def tgvkv_backend(
     on_unsupported: OnUnsupported = "raise",
     configure_dynamo: bool = True,
     growth_reserve: int = GROWTH_RESERVE,
+    prefill_cap: float | None = None,
     dump_graphs: str | None = None,
     stop_after: str | None = None,
     **unknown: object,
@@ -72,6 +73,9 @@ def tgvkv_backend(
             uncompressed, and say so once).
         configure_dynamo: Set dynamo's process-wide flags that a VLM needs (see `backend.dynamo.configure`).
         growth_reserve: Decode steps that a fresh cache has room for; it grows geometrically when they are used up.
+        prefill_cap: Bounds the memory of a prefill: at most this multiple of the mean budget is kept of each layer as soon
+            as the layer is done, so that the full KV of all layers never exists at once. Exact wherever no layer is to keep
+            more; one that is keeps its best tokens up to that. Needs `budget_of="all"`. None: no such bound.
         dump_graphs: Folder for readable graphs before and after each pass.
         stop_after: Name of the last pass to run. The graphs can then be looked at; the model runs uncompressed.
         **unknown: Refused.
@@ -92,6 +96,7 @@ def tgvkv_backend(
         "on_unsupported": on_unsupported,
         "configure_dynamo": configure_dynamo,
         "growth_reserve": growth_reserve,
+        "prefill_cap": prefill_cap,
         "dump_graphs": dump_graphs,
         "stop_after": stop_after,
     }
@@ -159,6 +164,7 @@ class TgvkvBackend:
             options.eviction,
             reserve=options.growth_reserve,
             slots_hint=_Slots(inputs),
+            prefill_cap=options.prefill_cap,
             stop_after=options.stop_after,
             dumper=self._dumper,
         )

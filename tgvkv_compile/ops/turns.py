@@ -13,7 +13,6 @@ from torch import Tensor
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.ops.budgeting import Allocation, allocate
 from tgvkv_compile.ops.graph_masks import valid_columns, visible_among_new
-from tgvkv_compile.ops.packing import first_protected
 from tgvkv_compile.ops.roles import Roles, token_roles, vision_count
 
 
@@ -140,17 +139,6 @@ def allocate_again(
     sees = new.vision.any(1, keepdim=True)
     kept = torch.where(sees, torch.minimum(budget.kept, there), there)
     return Allocation(kept, torch.where(sees, budget.rate, keep_rate))
-
-
-def protected_from(keeps: tuple[Tensor, ...], candidates: tuple[Roles, ...]) -> Tensor:
-    """`[B, L]` int64: where the protected suffix of each layer begins.
-
-    Args:
-        keeps: bool `[B, W + Q]` per layer.
-        candidates: Roles per layer.
-    """
-    pairs = zip(keeps, candidates, strict=True)
-    return torch.stack([first_protected(keep, roles) for keep, roles in pairs], dim=1)
 
 
 def join_candidates(survivors: Tensor, new: Tensor) -> Tensor:
