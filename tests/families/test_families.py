@@ -3,7 +3,6 @@
 What is recorded in `docs/models.json` is what these tests hold it to; `docs/models.md` is made from it.
 """
 
-import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import transformers
 from tests.families.family import IMAGE, VIDEO, Family, Kind, Prompt, make_inputs, make_model
 from tests.families.table import FAMILIES
 from tests.support.comparing import assert_same_run
+from tests.support.counting import of_decoder, of_generate
 from tests.support.reference import ReferenceTrace, Session
 from tests.support.running import run, traced_generate
 from tgvkv_compile import tgvkv_backend
@@ -92,16 +92,6 @@ def test_a_padded_batch_in_generate(name: str) -> None:
     assert_same_run(traced_generate(model, inputs, STEPS), expected_of(family, inputs))
     assert of_generate(model, backend.graphs) == RECORD[name]["graphs"]
     assert RECORD[name]["batch"] and RECORD[name]["images"] == 2  # what `mixed` has
-
-
-def of_generate(model: Any, graphs: dict[str, int]) -> dict[str, int]:
-    """All graphs, or those of the decoder where `generate` of an older transformers encodes vision inside of the model."""
-    return graphs if "mm_encoder_outputs" in inspect.signature(model.forward).parameters else of_decoder(graphs)
-
-
-def of_decoder(graphs: dict[str, int]) -> dict[str, int]:
-    """How many graphs dynamo makes of the rest is its own affair."""
-    return {kind: count for kind, count in graphs.items() if kind != "dense"}
 
 
 @pytest.mark.parametrize("name", recorded("direct"))
