@@ -69,6 +69,15 @@ FOUND = [
         Style(images=1, give_mask=False),
         (Request(prompts=((5, 0), (2,)), seed=892, weights=205, actions=(Crop(28), Decode(3))),),
     ),
+    # the model says a placeholder itself, which the reference took for a picture
+    Case(
+        "llava_onevision",
+        Tiny("llava_onevision", attention="eager"),
+        EvictionConfig(25, budgeting="waterfill", decode="fixed", sink_tokens=7),
+        3,
+        Style(batch=4, images=3, generate=True),
+        (Request(prompts=((4,), (1,), (2,)), seed=7142, weights=7691),),
+    ),
 ]
 
 
