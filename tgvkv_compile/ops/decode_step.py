@@ -1,9 +1,13 @@
 """Custom op `tgvkv::decode_step`: append, attend, score and choose the slot to overwrite, for one layer and one token."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from tgvkv_compile.config import EvictionConfig
+from tgvkv_compile.ops import kernels
 from tgvkv_compile.ops.decoding import choose_eviction, next_protected
 from tgvkv_compile.ops.segments import attend, segment_window
 from tgvkv_compile.ops.state import CompactState
@@ -133,6 +137,22 @@ def _decode_step(
     books = (slot_position, segment_start, segment_len, next_slot, protect_from, keep_rate, lengths)
     evict(attention, positions, *books, layer=layer, decode=decode, sink_tokens=sink_tokens)
     return output
+
+
+_plain_decode_step: Callable[..., Tensor] = _decode_step._init_fn
+
+
+@_decode_step.register_kernel("cuda")
+def _decode_step_on_cuda(query: Tensor, key: Tensor, value: Tensor, key_arena: Tensor, *rest: Any) -> Tensor:
+    """Two Triton kernels; the plain functions for a dtype or head dim that these are not made for."""
+    if not kernels.available():
+        return _plain_decode_step(query, key, value, key_arena, *rest)
+    from tgvkv_compile.ops.kernels import decode as fused
+
+    if not fused.fused_applies(query, key_arena):
+        return _plain_decode_step(query, key, value, key_arena, *rest)
+    *state, layer, scale, decode, sink_tokens = rest
+    return fused.fused_decode_step(query, key, value, CompactState(key_arena, *state), layer, scale, decode, sink_tokens)
 
 
 @_decode_step.register_fake
