@@ -111,8 +111,7 @@ def attend_split(
         total = tl.where(mine, 1.0, 0.0)
         out = tl.where(mine[:, None], new_value.to(tl.float32)[None, :], 0.0)
         if STORE_LOGITS:
-            if split == 0:
-                tl.store(logits + first_head * slots + new_at, new_logit)
+            tl.store(logits + first_head * slots + new_at, new_logit, mask=split == 0)
         for at in tl.range(first, last, BLOCK):
             offs = at + offs_n
             inside = offs < last
@@ -154,8 +153,7 @@ def attend_split(
         out = tl.where(mine[:, None], new_value.to(tl.float32)[None, :], 0.0)
         of_head = logits + (first_head + offs_g) * slots
         if STORE_LOGITS:
-            if split == 0:
-                tl.store(of_head + new_at, new_logit, mask=in_g)
+            tl.store(of_head + new_at, new_logit, mask=in_g & (split == 0))
         for at in tl.range(first, last, BLOCK):
             offs = at + offs_n
             inside = offs < last
