@@ -101,7 +101,7 @@ def fused_decode_step(
     batch, heads, _, dim = query.shape
     kv_heads, slots = state.key_arena.shape[1:3]
     layers = state.segment_start.shape[1]
-    plan = plan_decode(batch, heads, kv_heads, slots, dim, state.key_arena.dtype, _processors(query.device))
+    plan = plan_decode(batch, heads, kv_heads, slots, dim, state.key_arena.dtype, processors(query.device))
     query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
     output = torch.empty((batch, heads, 1, dim), dtype=query.dtype, device=query.device)
 
@@ -186,7 +186,7 @@ def fused_decode_step(
     return output
 
 
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
     """Multiprocessors of the device; on the CPU, where only the interpreter runs the kernels, those of an H100."""
     if device.type != "cuda":
         return 132
