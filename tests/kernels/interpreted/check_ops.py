@@ -13,16 +13,13 @@ from tgvkv_compile.ops.kernels import decode, prefill
 
 @pytest.fixture
 def on_cpu() -> Iterator[None]:
-    pairs = [
-        (decode_step._decode_step, decode_step._decode_step_on_cuda),
-        (scoring._prefill_scores, scoring._prefill_scores_on_cuda),
-    ]
-    before = [op._backend_fns.get("cpu") for op, _ in pairs]
-    for op, function in pairs:
-        op.register_kernel("cpu", function)
-    yield
-    for (op, _), function in zip(pairs, before, strict=True):
-        op.register_kernel("cpu", function or op._init_fn)
+    scores = scoring._prefill_scores
+    before = scores._backend_fns.get("cpu")
+    scores.register_kernel("cpu", scoring._prefill_scores_on_cuda)
+    with torch.library._scoped_library("tgvkv", "IMPL") as library:
+        library.impl("decode_step", decode_step._decode_step_on_cuda, "CPU")
+        yield
+    scores.register_kernel("cpu", before or scores._init_fn)
 
 
 @pytest.mark.usefixtures("on_cpu")
