@@ -64,12 +64,11 @@ def kernel_with_lse(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor
     The conditions are those of `scaled_dot_product_attention` (torch 2.11 to 2.13), a little narrower: head dims that it
     would pad first are left to it. So are devices of ROCm.
     """
-    same_dim = query.shape[3] == key.shape[3] == value.shape[3]
-    if query.device.type == "cpu":
-        return "flash_cpu" if query.dtype in _FLASH_CPU_DTYPES and same_dim else None
-    if query.device.type != "cuda" or torch.version.hip is not None or not same_dim:
+    if not query.dtype == key.dtype == value.dtype or not query.shape[3] == key.shape[3] == value.shape[3]:
         return None
-    if not query.dtype == key.dtype == value.dtype or query.shape[3] % 8 != 0:
+    if query.device.type == "cpu":
+        return "flash_cpu" if query.dtype in _FLASH_CPU_DTYPES else None
+    if query.device.type != "cuda" or torch.version.hip is not None or query.shape[3] % 8 != 0:
         return None
     ampere = _ampere(query.device)
     halves = query.dtype in _HALVES
