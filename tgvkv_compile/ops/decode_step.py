@@ -151,7 +151,7 @@ def _decode_step_on_cuda(query: Tensor, key: Tensor, value: Tensor, key_arena: T
         return _decode_step(query, key, value, key_arena, *rest)
     from tgvkv_compile.ops.kernels import decode as fused
 
-    if not fused.fused_applies(query, key_arena):
+    if not fused.fused_applies(query, key_arena, rest[0]):
         return _decode_step(query, key, value, key_arena, *rest)
     *state, layer, scale, decode, sink_tokens = rest
     return fused.fused_decode_step(query, key, value, CompactState(key_arena, *state), layer, scale, decode, sink_tokens)

@@ -10,7 +10,7 @@ from tgvkv_compile.ops.kernels.decode_kernels import attend_split, finish_step
 from tgvkv_compile.ops.state import CompactState
 
 _MODES = {"ratio": 0, "fixed": 1, "keep": 2}
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_DTYPES = {torch.float32, torch.float16, torch.bfloat16}
 _MAX_DIM = 256
 _SMALLEST_PRODUCT = 16  # rows that `tl.dot` takes at least
 _FINISH_BLOCK = 128
@@ -62,9 +62,9 @@ def plan_decode(batch: int, heads: int, kv_heads: int, slots: int, dim: int, dty
     return DecodePlan(padded, rows, block, splits, programs, min(16, next_power(heads)), 4 if halves or group == 1 else 8)
 
 
-def fused_applies(query: Tensor, key_arena: Tensor) -> bool:
+def fused_applies(query: Tensor, key_arena: Tensor, value_arena: Tensor) -> bool:
     """Whether the kernels are made for these dtypes and this head dim (float64 and huge heads go the plain way)."""
-    return query.dtype in _DTYPES and key_arena.dtype in _DTYPES and query.shape[3] <= _MAX_DIM
+    return {query.dtype, key_arena.dtype, value_arena.dtype} <= _DTYPES and query.shape[3] <= _MAX_DIM
 
 
 def fused_decode_step(
@@ -108,6 +108,8 @@ def fused_decode_step(
     def scratch(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(size, dtype=dtype, device=query.device)
 
+    alike = query.dtype == state.key_arena.dtype == state.value_arena.dtype
+    wide = not alike or query.dtype == torch.float32
     chooses = decode != "keep"
     top, total = scratch(batch, heads, plan.splits), scratch(batch, heads, plan.splits)
     out = scratch(batch, heads, plan.splits, dim)
@@ -145,7 +147,7 @@ def fused_decode_step(
         DIM=plan.dim,
         GROUP=plan.group,
         BLOCK=plan.block,
-        WIDE=query.dtype != state.key_arena.dtype or query.dtype == torch.float32,
+        WIDE=wide,
         STORE_LOGITS=chooses,
         num_warps=plan.warps,
         num_stages=2,
