@@ -71,11 +71,12 @@ def kernel_with_lse(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor
     if query.device.type != "cuda" or torch.version.hip is not None or query.shape[3] % 8 != 0:
         return None
     ampere = _ampere(query.device)
-    halves = query.dtype in _HALVES
-    if attn_mask is None and halves and ampere and query.shape[3] <= _FLASH_MAX_DIM and torch.backends.cuda.flash_sdp_enabled():
+    flash = torch.backends.cuda.flash_sdp_enabled()  # type: ignore[no-untyped-call]
+    efficient = torch.backends.cuda.mem_efficient_sdp_enabled()  # type: ignore[no-untyped-call]
+    if flash and attn_mask is None and query.dtype in _HALVES and ampere and query.shape[3] <= _FLASH_MAX_DIM:
         return "flash"
     supported = query.dtype in (torch.float32, torch.float16) or (query.dtype == torch.bfloat16 and ampere)
-    return "efficient" if supported and torch.backends.cuda.mem_efficient_sdp_enabled() else None
+    return "efficient" if supported and efficient else None
 
 
 def _ampere(device: torch.device) -> bool:

@@ -84,7 +84,7 @@ def weigh_attention(
             if MASK != 0:
                 place = row[:, None].to(tl.int64) * mask_row + offs_c[None, :].to(tl.int64) * mask_column
                 entry = tl.load(mask + sample.to(tl.int64) * mask_batch + place, mask=visible, other=0)
-                if MASK == 1:
+                if MASK == 1:  # noqa: SIM108 (a branch of the compiler, not of the kernel)
                     visible = visible & (entry != 0)
                 else:
                     visible = visible & (entry.to(tl.float32) > lowest)
