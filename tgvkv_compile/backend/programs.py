@@ -1,7 +1,7 @@
 """What dynamo's compiled frames call: a rewritten graph with the compact cache swapped in for the handles."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -22,14 +22,18 @@ from tgvkv_compile.errors import (
 from tgvkv_compile.fx.environment import size_reader
 from tgvkv_compile.fx.meta import fake_tensor, output_nodes
 from tgvkv_compile.fx.private import compile_lock
-from tgvkv_compile.lower import Lowered, lower_rewritten
+from tgvkv_compile.lower import Lowered, lower_rewritten, records_cuda_graphs
 from tgvkv_compile.ops.state import CompactState
 from tgvkv_compile.pipeline import Rewrite
 from tgvkv_compile.plan import Plan
+from tgvkv_compile.runtime.arena_pool import ArenaPool
 from tgvkv_compile.runtime.compact import CacheIdentity, CompactCache, arena_slots
 from tgvkv_compile.runtime.logical import LogicalKV, make_handle
 
 log = logging.getLogger("tgvkv_compile")
+
+REPLAYING = ("cuda",)
+"""Types of devices that have CUDA graphs."""
 
 
 class Refusal:
@@ -46,8 +50,10 @@ class Refusal:
 class CompiledRewrite:
     """A rewritten graph, lowered at its first call and again where a size falls outside what was compiled for."""
 
-    def __init__(self, rewrite: Callable[[], Rewrite], first: Rewrite, options: BackendOptions) -> None:
-        self._rewrite, self._options = rewrite, options
+    def __init__(
+        self, rewrite: Callable[[], Rewrite], first: Rewrite, options: BackendOptions, static: Collection[str] | None = None
+    ) -> None:
+        self._rewrite, self._options, self._static = rewrite, options, static
         self._first: Rewrite | None = first
         self._variants: tuple[Lowered, ...] = ()
 
@@ -73,6 +79,7 @@ class CompiledRewrite:
             lowering=options.lowering,
             mode=options.mode,
             options=options.options,
+            static=self._static,
         )
         log.debug("lowered a %s graph (variant %d)", rewrite.plan.kind, len(self._variants) + 1)
         self._variants = (lowered, *self._variants)
@@ -201,7 +208,10 @@ class CachedProgram:
         first = rewrite()
         plan = first.plan
         self._kind = plan.kind
-        self._compiled = CompiledRewrite(rewrite, first, options)
+        replayed = plan.kind == "decode" and records_cuda_graphs(options.lowering, options.mode, options.options)
+        self._pool = ArenaPool() if replayed else None
+        static = {f"tgvkv_{name}" for name in CompactState._fields} if replayed else None
+        self._compiled = CompiledRewrite(rewrite, first, options, static)
         self._backend, self._weight = backend, weight
         self._slots = [(site.key.output, site.value.output) for site in plan.sites]
         self._pasts = pasts  # key and value of each layer, by turns
@@ -219,6 +229,8 @@ class CachedProgram:
         rest = self._rest(inputs)
         tokens = self._tokens([*rest, *compact.state])
         compact.ensure_room(tokens, appended=self._kind == "continuation")
+        if self._pool is not None and compact.device.type in REPLAYING:
+            self._pool.settle(compact)
         given = [*rest, *compact.state]
         lowered = self._compiled.fitting(given)  # may take long and be interrupted; the cache is whole until it has run
         compact.broken = f"a {self._kind} step failed half-way"

@@ -9,6 +9,7 @@ Checked on torch 2.11.0 and 2.13.0. Each name says what it is used for:
 - `is_traceable_wrapper_subclass`: whether a tensor is made of other tensors, as a `DTensor` is (`fx.environment`).
 - `compile_lock` is what dynamo holds while it compiles: tracing and lowering of two threads must not mix.
 - `keep_mutations_after_subgraphs` mends dynamo: see there.
+- `mark_static` says what `torch._dynamo.mark_static_address` says, of an input that dynamo has not seen.
 - `GraphCompileReason` is what dynamo puts on a graph module as `compile_subgraph_reason`.
 """
 
@@ -22,6 +23,7 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.variables import dicts
 from torch._logging._internal import trace_structured
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Node
 from torch.fx.experimental import _config as symbolic_shapes_config
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -36,6 +38,7 @@ __all__ = [
     "enable_python_dispatcher",
     "is_traceable_wrapper_subclass",
     "keep_mutations_after_subgraphs",
+    "mark_static",
     "symbolic_shapes_config",
     "trace_structured",
 ]
@@ -55,3 +58,8 @@ def keep_mutations_after_subgraphs() -> None:
 
 def _current_side_effects(_: Any) -> Any:
     return InstructionTranslator.current_tx().output.side_effects
+
+
+def mark_static(node: Node) -> None:
+    """Tells AOTAutograd and Inductor that this graph input keeps its address; a CUDA graph may read and write it in place."""
+    node.meta.setdefault("tensor_dict", {})["_dynamo_static_input_type"] = "unguarded"

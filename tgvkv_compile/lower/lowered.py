@@ -1,6 +1,6 @@
 """Lowering: Inductor, or `aot_eager` / `eager` for debugging."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from tgvkv_compile.config import CompileMode, Lowering
 from tgvkv_compile.errors import InternalError
 from tgvkv_compile.fx.environment import Environment
 from tgvkv_compile.fx.meta import fake_value
+from tgvkv_compile.fx.private import mark_static
 
 
 class Lowered:
@@ -20,11 +21,15 @@ class Lowered:
         run: The compiled graph, flat inputs to a flat list of outputs.
         environment: The environment that the graph was compiled in.
         inputs: Fake values of the graph's inputs.
+        used: Which of the inputs `run` takes.
     """
 
-    def __init__(self, run: Callable[..., Sequence[Any]], environment: Environment, inputs: list[Any]) -> None:
+    def __init__(
+        self, run: Callable[..., Sequence[Any]], environment: Environment, inputs: list[Any], used: Sequence[int]
+    ) -> None:
         self._run = run
         self._environment = environment
+        self._used = used
         self._sizes = [(position, dim) for position, value in enumerate(inputs) for dim in _symbolic_dims(value)]
         sizes = [_size(inputs[position], dim) for position, dim in self._sizes]
         self._guards = environment.shape_env.produce_guards_expression(sizes)
@@ -38,7 +43,7 @@ class Lowered:
 
     def __call__(self, *inputs: Any) -> list[Any]:
         """Runs the graph."""
-        return list(self._run(*inputs))
+        return list(self._run(*(inputs[index] for index in self._used)))
 
 
 def _symbolic_dims(value: Any) -> list[int | None]:
@@ -60,8 +65,12 @@ def lower_rewritten(
     lowering: Lowering,
     mode: CompileMode | None,
     options: dict[str, Any] | None,
+    static: Collection[str] | None = None,
 ) -> Lowered:
     """Compiles a rewritten graph in its own shape environment.
+
+    Inputs that nothing uses are left out of it. A CUDA graph is recorded anew for every value of an int among its inputs, and
+    what a step leaves unused is what grows with the answer: the attention mask, the length of the past.
 
     Args:
         gm: The graph; handed over (Inductor mutates it).
@@ -69,13 +78,34 @@ def lower_rewritten(
         lowering: `"inductor"`, `"aot_eager"` or `"eager"`.
         mode: Inductor's mode, as in `torch.compile(mode=...)`.
         options: Inductor's options, as in `torch.compile(options=...)`.
+        static: Names of the inputs that stay where they are from call to call, as weights do; a CUDA graph may write to them.
+            None: the graph is not to become a CUDA graph, whatever the mode says.
     """
-    inputs = [fake_value(node) for node in gm.graph.find_nodes(op="placeholder")]
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    inputs = [fake_value(node) for node in placeholders]
+    used = [index for index, node in enumerate(placeholders) if node.users]
+    for node in placeholders:
+        if not node.users:
+            gm.graph.erase_node(node)
+        elif static is not None and node.name in static:
+            mark_static(node)
+    gm.recompile()
+    patches = _patches(mode, options)
+    if static is None and _GRAPHS in patches:
+        patches[_GRAPHS] = False
     with torch.no_grad():
-        run = _BACKENDS[lowering](gm, inputs, _patches(mode, options))
+        run = _BACKENDS[lowering](gm, [inputs[index] for index in used], patches)
     if not callable(run):
         raise InternalError(f"lowering={lowering!r} returned {type(run).__name__}, not a callable")
-    return Lowered(run, environment, inputs)
+    return Lowered(run, environment, inputs, used)
+
+
+_GRAPHS = "triton.cudagraphs"
+
+
+def records_cuda_graphs(lowering: Lowering, mode: CompileMode | None, options: dict[str, Any] | None) -> bool:
+    """Whether Inductor is asked to record CUDA graphs."""
+    return lowering == "inductor" and bool(_patches(mode, options).get(_GRAPHS))
 
 
 def lower_dense(

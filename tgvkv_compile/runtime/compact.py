@@ -153,8 +153,8 @@ class CompactCache:
         self.reserve, self.room = reserve, max(reserve, tokens)
 
     def advance(self, tokens: int, lengths: Tensor) -> None:
-        """Takes note of a step that a graph has done."""
-        self.state = self.state._replace(lengths=lengths)
+        """Takes note of a step that a graph has done; `lengths` is copied, because a CUDA graph's outputs do not last."""
+        self.state.lengths.copy_(lengths)
         self.logical_length += tokens
         self.room -= tokens
         self.steps += 1
@@ -332,7 +332,7 @@ class CompactCache:
         start = capacity.cumsum(1) - capacity
         batch, heads, _, dim = old.key_arena.shape
         key = old.key_arena.new_zeros((batch, heads, slots, dim))
-        value = torch.zeros_like(key)
+        value = old.value_arena.new_zeros(key.shape)
         position = torch.full((batch, slots), -1, dtype=old.slot_position.dtype, device=key.device)
         entries = _entries(old)
         length = entries.sum(2)
