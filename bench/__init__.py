@@ -1,0 +1,1 @@
+"""Benchmarks: this backend against what a user would run instead, and against the floor. `bench/README.md`."""
