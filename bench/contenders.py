@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -14,6 +14,8 @@ import tgvkv_compile
 from bench.errors import BenchError
 from bench.models import Prompt
 from bench.presets import Preset
+
+Compiler = Literal["inductor", "eager"]
 
 ORDER = ("hf-eager", "inductor-full", "inductor-static", "tgvkv", "floor", "floor-static")
 """All there are. `floor-static` is the floor in the form that CUDA graphs can replay."""
@@ -29,6 +31,7 @@ class Contender:
         decode: The model, for a token.
         new_cache: Given the prompt and how many tokens may follow, the cache to call the model with.
         compiled: Whether a first call compiles.
+        keeps_cache: Whether later requests get the same cache again.
     """
 
     name: str
@@ -36,6 +39,7 @@ class Contender:
     decode: Callable[..., Any]
     new_cache: Callable[[Prompt, int], Any]
     compiled: bool = True
+    keeps_cache: bool = False
 
 
 def kept_tokens(budget: float, length: int) -> int:
@@ -48,7 +52,9 @@ def default_names(device: str) -> tuple[str, ...]:
     return ORDER if device == "cuda" else ORDER[:-1]
 
 
-def make_contenders(names: tuple[str, ...], model: Any, preset: Preset, budget: float) -> list[Contender]:
+def make_contenders(
+    names: tuple[str, ...], model: Any, preset: Preset, budget: float, compiler: Compiler = "inductor"
+) -> list[Contender]:
     """Makes contenders that share the model's weights and nothing else.
 
     Args:
@@ -56,6 +62,7 @@ def make_contenders(names: tuple[str, ...], model: Any, preset: Preset, budget: 
         model: Of the preset.
         preset: What is measured.
         budget: Fraction of KV that `tgvkv` and the floors keep.
+        compiler: What graphs are lowered to. `"eager"` shows in seconds whether everything runs; its times say nothing.
 
     Raises:
         BenchError: There is no such contender, or two are the same.
@@ -66,15 +73,16 @@ def make_contenders(names: tuple[str, ...], model: Any, preset: Preset, budget: 
     if len(set(names)) < len(names) or not names:
         raise BenchError(f"contenders {','.join(names)!r}: name each one once, and at least one")
     # It sets dynamo's process-wide flags, so it is made first: all contenders are compiled under the same ones.
-    graphs = "reduce-overhead" if preset.device == "cuda" else None
-    backend = tgvkv_compile.tgvkv_backend(budget=budget, mode=graphs)
+    stock: dict[str, Any] = {"backend": compiler}
+    graphs = {"mode": "reduce-overhead"} if preset.device == "cuda" and compiler == "inductor" else {}
+    backend = tgvkv_compile.tgvkv_backend(budget=budget, lowering=compiler, **graphs)
     makers: dict[str, Callable[[], Contender]] = {
         "hf-eager": lambda: _eager(model),
-        "inductor-full": lambda: _full(model),
-        "inductor-static": lambda: _static(model, preset, graphs),
+        "inductor-full": lambda: _full(model, stock),
+        "inductor-static": lambda: _static(model, preset, stock, graphs),
         "tgvkv": lambda: _tgvkv(model, backend),
-        "floor": lambda: _floor(model, preset, budget),
-        "floor-static": lambda: _floor_static(model, preset, budget, graphs),
+        "floor": lambda: _floor(model, preset, budget, stock),
+        "floor-static": lambda: _floor_static(model, preset, budget, {**stock, **graphs}),
     }
     return [makers[name]() for name in names]
 
@@ -84,12 +92,12 @@ def _eager(model: Any) -> Contender:
     return Contender("hf-eager", call, call, _dynamic, compiled=False)
 
 
-def _full(model: Any) -> Contender:
-    call = torch.compile(_own_forward(model, "full"))
+def _full(model: Any, options: dict[str, Any]) -> Contender:
+    call = torch.compile(_own_forward(model, "full"), **options)
     return Contender("inductor-full", call, call, _dynamic)
 
 
-def _static(model: Any, preset: Preset, mode: str | None) -> Contender:
+def _static(model: Any, preset: Preset, options: dict[str, Any], graphs: dict[str, Any]) -> Contender:
     caches: dict[tuple[int, int], Any] = {}
 
     def cache(prompt: Prompt, steps: int) -> Any:
@@ -101,9 +109,9 @@ def _static(model: Any, preset: Preset, mode: str | None) -> Contender:
         return caches[key]
 
     # As transformers' generate does: only decode is replayed, a prompt's pass gains nothing by it.
-    prefill = torch.compile(_own_forward(model, "static_prefill"))
-    decode = torch.compile(_own_forward(model, "static_decode"), mode=mode) if mode is not None else prefill
-    return Contender("inductor-static", prefill, decode, cache)
+    prefill = torch.compile(_own_forward(model, "static_prefill"), **options)
+    decode = torch.compile(_own_forward(model, "static_decode"), **options, **graphs)
+    return Contender("inductor-static", prefill, decode, cache, keeps_cache=True)
 
 
 def _tgvkv(model: Any, backend: Any) -> Contender:
@@ -111,17 +119,17 @@ def _tgvkv(model: Any, backend: Any) -> Contender:
     return Contender("tgvkv", call, call, _dynamic)
 
 
-def _floor(model: Any, preset: Preset, budget: float) -> Contender:
+def _floor(model: Any, preset: Preset, budget: float, options: dict[str, Any]) -> Contender:
     def cache(prompt: Prompt, steps: int) -> Any:
         made = transformers.DynamicCache(config=model.config)
         for layer in range(preset.layers):
             made.update(*_random_entries(preset, prompt.batch, kept_tokens(budget, prompt.length)), layer)
         return made
 
-    return Contender("floor", None, torch.compile(_own_forward(model, "floor")), cache)
+    return Contender("floor", None, torch.compile(_own_forward(model, "floor"), **options), cache)
 
 
-def _floor_static(model: Any, preset: Preset, budget: float, mode: str | None) -> Contender:
+def _floor_static(model: Any, preset: Preset, budget: float, options: dict[str, Any]) -> Contender:
     caches: dict[tuple[int, int], Any] = {}
 
     def cache(prompt: Prompt, steps: int) -> Any:
@@ -134,7 +142,8 @@ def _floor_static(model: Any, preset: Preset, budget: float, mode: str | None) -
             caches[key].update(*_random_entries(preset, prompt.batch, kept), layer)
         return caches[key]
 
-    return Contender("floor-static", None, torch.compile(_own_forward(model, "floor_static"), mode=mode), cache)
+    decode = torch.compile(_own_forward(model, "floor_static"), **options)
+    return Contender("floor-static", None, decode, cache, keeps_cache=True)
 
 
 def _dynamic(prompt: Prompt, steps: int) -> None:

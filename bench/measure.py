@@ -13,7 +13,7 @@ import tgvkv_compile
 from bench import torch_internals
 from bench.contenders import Contender
 from bench.errors import BenchError
-from bench.memory import peak_of
+from bench.memory import Watch
 from bench.models import Prompt, make_prompt
 from bench.presets import Preset
 from bench.ratios import spread
@@ -23,7 +23,6 @@ WARM_STEPS = 4
 """Decode steps until all is compiled: the second finds out that lengths vary; CUDA graphs warm up, then record."""
 WARM_ROUNDS = 4
 """Most rounds before one in which nothing is compiled."""
-PROFILED_STEPS = 2
 ANSWER = 64
 """Tokens of the answer that `tokens_per_s` is for."""
 
@@ -49,7 +48,7 @@ def measure(contenders: list[Contender], model: Any, preset: Preset) -> dict[str
     requests = _open(contenders, preset, make_prompt(model, preset, preset.batch), rows)
     decode = _rounds("decode", contenders, lambda one: requests[one.name].decode(preset.steps), preset.rounds, rows)
     for contender in contenders:
-        _close(requests.pop(contender.name), preset, rows[contender.name])
+        _close(requests.pop(contender.name), rows[contender.name])
     prompt = make_prompt(model, preset, preset.prefill_batch)
     with_prefill = [contender for contender in contenders if contender.prefill is not None]
     for contender in with_prefill:
@@ -70,27 +69,36 @@ def _open(contenders: list[Contender], preset: Preset, prompt: Prompt, rows: dic
     requests = {}
     for contender in contenders:
         say(f"{contender.name}: compiles")
-        cold = 0.0
+        cold, row = 0.0, rows[contender.name]
         if contender.compiled:
             with torch_internals.cold():
-                cold, _ = _timed(contender, preset, prompt)
-        warm, request = _timed(contender, preset, prompt)
-        rows[contender.name]["compile_s"] = max(0.0, cold - warm) if contender.compiled else 0.0
-        rows[contender.name]["batch_prefill_ms"] = None if request.prefill_s is None else request.prefill_s * 1e3
+                cold, _, _ = _watched(contender, preset, prompt)
+        warm, request, row["decode_peak_bytes"] = _watched(contender, preset, prompt)
+        row["compile_s"] = max(0.0, cold - warm)
+        row["batch_prefill_ms"] = None if request.prefill_s is None else request.prefill_s * 1e3
         requests[contender.name] = request
     return requests
 
 
-def _timed(contender: Contender, preset: Preset, prompt: Prompt) -> tuple[float, Request]:
+def _watched(contender: Contender, preset: Preset, prompt: Prompt) -> tuple[float, Request, int]:
+    """Prefill and some steps: seconds, the request, and the peak of the steps, what the cache holds included."""
     gc.collect()
-    begun = time.perf_counter()
-    request = Request(contender, preset, prompt, _room(preset))
-    request.decode(WARM_STEPS)
-    return time.perf_counter() - begun, request
+    with Watch(preset.device) as watch:
+        begun = time.perf_counter()
+        request = Request(contender, preset, prompt, _room(preset))
+        with watch.part("decode"):
+            request.decode(WARM_STEPS)
+        seconds = time.perf_counter() - begun
+    return seconds, request, watch.peaks["decode"] + _held_before(contender, request)
+
+
+def _held_before(contender: Contender, request: Request) -> int:
+    """Bytes of a cache that was there before the request."""
+    return tgvkv_compile.inspect_cache(request.cache).physical_bytes if contender.keeps_cache else 0
 
 
 def _room(preset: Preset) -> int:
-    return WARM_STEPS + (preset.rounds + WARM_ROUNDS) * preset.steps + PROFILED_STEPS
+    return WARM_STEPS + (preset.rounds + WARM_ROUNDS) * preset.steps
 
 
 def _rounds(
@@ -122,12 +130,9 @@ def _rounds(
     return times
 
 
-def _close(request: Request, preset: Preset, row: dict[str, Any]) -> None:
+def _close(request: Request, row: dict[str, Any]) -> None:
     report = tgvkv_compile.inspect_cache(request.cache)
     row["kv_bytes"], row["kv_reserve_bytes"] = report.physical_bytes, report.reserve_bytes
-    del report
-    _, peak = peak_of(lambda: request.decode(PROFILED_STEPS), preset.device)
-    row["decode_peak_bytes"] = row["kv_bytes"] + peak
 
 
 def _prefill(contender: Contender, preset: Preset, prompt: Prompt) -> float:
@@ -140,7 +145,9 @@ def _prefill(contender: Contender, preset: Preset, prompt: Prompt) -> float:
 def _warm_prefill(contender: Contender, preset: Preset, prompt: Prompt, row: dict[str, Any]) -> None:
     say(f"{contender.name}: prefill")
     _prefill(contender, preset, prompt)  # compiles for this batch size
-    _, row["prefill_peak_bytes"] = peak_of(lambda: _prefill(contender, preset, prompt), preset.device)
+    with Watch(preset.device) as watch, watch.part("prefill"):
+        request = Request(contender, preset, prompt, preset.steps)
+    row["prefill_peak_bytes"] = watch.peaks["prefill"] + _held_before(contender, request)
 
 
 def _summarise(row: dict[str, Any], preset: Preset, decode: list[float], prefill: list[float] | None) -> None:

@@ -1,6 +1,7 @@
 """Random models and prompts of a preset: the prompt reaches the decoder as that of a real model does."""
 
 import dataclasses
+import inspect
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from bench.presets import Preset
 IMAGE_TOKEN = 5
 FIRST_TEXT = 16
 PATCH = 14
+DEEPSTACK = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Prompt:
         model: That it is made for.
         ids: `[B, N]` int64.
         features: Per picture, `[tokens, hidden]`.
+        deep: Whether the decoder is given features of the tower's inner layers too.
         batch: B.
         length: N.
         vision: Vision tokens of a sample.
@@ -32,6 +35,7 @@ class Prompt:
     model: Any
     ids: Tensor
     features: list[Tensor]
+    deep: bool
     batch: int
     length: int
     vision: int
@@ -39,10 +43,14 @@ class Prompt:
     def call_inputs(self) -> dict[str, Any]:
         """Keywords of a prefill, positions and cache apart.
 
-        Pictures are handed over encoded, as `generate` does it: the time of a prefill is the decoder's.
+        Pictures are handed over encoded, as `generate` does it: the time of a prefill is the decoder's. Releases of
+        transformers that cannot take them so encode within the call; there `make_model` has put something in the place
+        of the encoder that hands features through.
         """
-        encoded = BaseModelOutputWithPooling(pooler_output=self.features)
-        return {"input_ids": self.ids, "mm_encoder_outputs": {"image": encoded}, "use_cache": True, "logits_to_keep": 1}
+        same = {"input_ids": self.ids, "use_cache": True, "logits_to_keep": 1}
+        if _takes_encoded(self.model):
+            return {**same, "mm_encoder_outputs": {"image": _encoded(self.features, self.deep)}}
+        return {**same, "pixel_values": torch.cat(self.features)}
 
 
 def pictures_of(preset: Preset) -> int:
@@ -65,6 +73,8 @@ def make_model(preset: Preset) -> Any:
     with torch.device(preset.device):
         model = transformers.AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, preset.dtype))
     model.eval().requires_grad_(False)
+    if not _takes_encoded(model):
+        model.model.get_image_features = _hand_through(preset)
     return model
 
 
@@ -85,7 +95,29 @@ def make_prompt(model: Any, preset: Preset, batch: int) -> Prompt:
     # Features as a tower gives them. Which pictures they come from makes no difference to the decoder's time.
     shape = (batch * pictures, preset.picture_side**2, preset.hidden)
     features = torch.randn(shape, generator=generator).to(preset.device, getattr(torch, preset.dtype))
-    return Prompt(model, ids, list(features), batch=batch, length=preset.context, vision=vision)
+    deep = preset.kind == "qwen3_vl"
+    return Prompt(model, ids, list(features), deep, batch=batch, length=preset.context, vision=vision)
+
+
+def _takes_encoded(model: Any) -> bool:
+    return "mm_encoder_outputs" in inspect.signature(type(model).forward).parameters
+
+
+def _hand_through(preset: Preset) -> Any:
+    """In the place of an encoder: takes features for pictures."""
+
+    def get_image_features(pixel_values: Tensor, *args: Any, **options: Any) -> Any:
+        return _encoded(list(pixel_values.split(preset.picture_side**2)), preset.kind == "qwen3_vl")
+
+    return get_image_features
+
+
+def _encoded(features: list[Tensor], deep: bool) -> Any:
+    encoded = BaseModelOutputWithPooling(pooler_output=features)
+    if deep:
+        # An attribute, as models read it: the class that has it as a field is another one in each family.
+        encoded.deepstack_features = [torch.cat(features)] * DEEPSTACK
+    return encoded
 
 
 def positions(preset: Preset, batch: int, start: int, length: int) -> Tensor:
@@ -121,4 +153,33 @@ def _decoder(preset: Preset) -> dict[str, Any]:
     }
 
 
-_CONFIGS = {"llava": _llava}
+def _qwen2_5_vl(preset: Preset) -> Any:
+    vision = {
+        **{"depth": 1, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "out_hidden_size": preset.hidden},
+        **{"patch_size": PATCH, "fullatt_block_indexes": [0]},
+    }
+    return transformers.Qwen2_5_VLConfig(vision_config=vision, text_config=_qwen_decoder(preset), **_qwen_tokens(preset))
+
+
+def _qwen3_vl(preset: Preset) -> Any:
+    # The decoder adds features of three of the tower's layers to the states of its own first three.
+    vision = {
+        **{"depth": 3, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "out_hidden_size": preset.hidden},
+        **{"patch_size": PATCH, "deepstack_visual_indexes": list(range(DEEPSTACK))},
+    }
+    return transformers.Qwen3VLConfig(vision_config=vision, text_config=_qwen_decoder(preset), **_qwen_tokens(preset))
+
+
+def _qwen_decoder(preset: Preset) -> dict[str, Any]:
+    half = preset.head_dim // 2  # shared out to time, rows and columns, as these models do
+    sections = [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections}
+    return {**_decoder(preset), "rope_parameters": rope}
+
+
+def _qwen_tokens(preset: Preset) -> dict[str, Any]:
+    ids = {"image_token_id": IMAGE_TOKEN, "video_token_id": 6, "vision_start_token_id": 7, "vision_end_token_id": 8}
+    return {**ids, "tie_word_embeddings": preset.tied}
+
+
+_CONFIGS = {"llava": _llava, "qwen2_5_vl": _qwen2_5_vl, "qwen3_vl": _qwen3_vl}

@@ -22,17 +22,21 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--budget", type=fraction, default=0.05, help="fraction of KV that tgvkv and the floor keep")
     options.add_argument("--contenders", type=listed(str), help="some of the rows, by comma")
+    options.add_argument(
+        "--compiler", choices=["inductor", "eager"], default="inductor", help="eager: only to see that it runs"
+    )
     options.add_argument("--json", type=Path, help="file to write")
     args = options.parse_args()
     preset = preset_of(args)
     names = tuple(args.contenders or default_names(preset.device))
     begun = record.header("bench.run", preset)
     model = make_model(preset)
-    rows = measure(make_contenders(names, model, preset, args.budget), model, preset)
+    rows = measure(make_contenders(names, model, preset, args.budget, args.compiler), model, preset)
     found = {
         **begun,
         "preset_name": args.preset,
         "budget": args.budget,
+        "compiler": args.compiler,
         "prompt": {"tokens": preset.context, "vision_tokens": pictures_of(preset) * preset.picture_side**2},
         "answer_tokens": ANSWER,
         "weight_bytes": weight_bytes(model),
