@@ -42,7 +42,7 @@ test: $(STAMP) ## Run every test (PYTEST_ARGS='-m "not slow"' leaves out the lon
 	$(BIN)/python -m pytest --numprocesses $(TEST_JOBS) --dist worksteal $(PYTEST_ARGS)
 
 test-matrix: ## Run every test on the oldest and newest torch and transformers (MATRIX_ARGS='--pairs 5.17.0:2.13.0 -- -m "not slow"')
-	$(PYTHON) tests/matrix.py $(MATRIX_ARGS)
+	$(PYTHON) tests/matrix.py --jobs $(TEST_JOBS) $(MATRIX_ARGS)
 
 fuzz: $(STAMP) ## Run random requests against the reference (FUZZ_MINUTES=60, FUZZ_ARGS='--seed 7' runs one again)
 	@mkdir -p .fuzz

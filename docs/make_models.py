@@ -15,13 +15,13 @@ positions after the prefill and after every step, logits and tokens of stock `ge
 - **video**: tried with videos as well.
 - **graphs**: compiled for a prefill and for decoding, through `generate`. Where decoding takes two, the second is for
   sliding windows or chunks that are full.
-- **direct calls**: graphs of a prefill with `pixel_values` given to the model itself, and of decoding; the vision tower,
-  compiled as well, takes graphs of its own in some families. `-`: not tried, or the vision tower reads sizes from data,
-  which dynamo cannot trace (qwen, glm, pixtral); `generate` runs the tower uncompiled, before.
+- **direct calls**: graphs of a prefill with `pixel_values` given to the model itself, and of decoding. What encodes the
+  pictures, and finds positions from their sizes, runs uncompiled between graphs, as `generate` runs it before the prefill.
+- **one or many**: no, one and two images in a sample; **batch**: samples of different lengths, padded on the left.
 - Families in **bold** equal the uncompiled model at budget 1.0 as well, tokens and logits; the others are not tried at it.
 
-| family | video | graphs | direct calls | remarks |
-| --- | --- | --- | --- | --- |
+| family | images | video | batch | graphs | direct calls | remarks |
+| --- | --- | --- | --- | --- | --- | --- |
 """
 TAIL = """
 ## Refused
@@ -40,7 +40,9 @@ def row(name: str, record: dict[str, Any]) -> str:
     """One family."""
     title = f"**{name}**" if record["whole"] else name
     video = "yes" if record["video"] else "-"
-    cells = [title, video, _graphs(record["graphs"]), _graphs(record["direct"]), record["remarks"]]
+    images = "one or many" if record["images"] > 1 else "one"
+    batch = "yes" if record["batch"] else "-"
+    cells = [title, images, video, batch, _graphs(record["graphs"]), _graphs(record["direct"]), record["remarks"]]
     return f"| {' | '.join(cells)} |"
 
 

@@ -7,7 +7,16 @@ from pathlib import Path
 
 from tgvkv_compile.pipeline import STEPS
 
-FINDERS = ("find_appends", "find_attention", "find_modality", "find_embedding", "find_tensor_parallel", "plan_graph")
+FINDERS = (
+    "find_appends",
+    "find_attention",
+    "find_modality",
+    "find_merged",
+    "insert_vision_input",
+    "find_embedding",
+    "find_tensor_parallel",
+    "plan_graph",
+)
 HEAD = """# The passes
 
 Generated from the docstrings by `make docs`. Finders change nothing and run first; the planner decides what a graph is;

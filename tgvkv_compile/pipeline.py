@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,13 +24,16 @@ from tgvkv_compile.passes.find_embedding import find_embedding
 from tgvkv_compile.passes.find_modality import find_modality
 from tgvkv_compile.passes.find_tensor_parallel import find_tensor_parallel
 from tgvkv_compile.passes.insert_budgeting import insert_budgeting
+from tgvkv_compile.passes.insert_capping import insert_capping
 from tgvkv_compile.passes.insert_continuation import insert_continuation
 from tgvkv_compile.passes.insert_decode import insert_decode
 from tgvkv_compile.passes.insert_eviction import insert_eviction
 from tgvkv_compile.passes.insert_rebudgeting import insert_rebudgeting
 from tgvkv_compile.passes.insert_scoring import insert_scoring
 from tgvkv_compile.passes.insert_survivors import insert_survivors
-from tgvkv_compile.passes.inserted import Budgets, Candidates, Scores
+from tgvkv_compile.passes.insert_vision_input import insert_vision_input
+from tgvkv_compile.passes.insert_whole_past import insert_whole_past
+from tgvkv_compile.passes.inserted import Budgets, Candidates, LayerCandidates, Scores
 from tgvkv_compile.passes.materialise_masks import materialise_masks
 from tgvkv_compile.passes.normalise_attention import normalise_attention
 from tgvkv_compile.passes.plan_graph import plan_graph
@@ -49,7 +52,8 @@ class Rewrite:
         slots_hint: Gives T of the example call.
         arena_slots: What it gave, for the steps that size an arena.
         vision_count: Counts each sample's vision tokens, `[B]`, from the graph's inputs (`budget_of="vision"` only).
-        scores, budgets, candidates: What inserters left for those after them.
+        prefill_cap: How many candidates a layer may have, as a multiple of the mean budget; None: all its tokens.
+        scores, budgets, candidates, capped: What inserters left for those after them.
     """
 
     gm: GraphModule
@@ -58,11 +62,13 @@ class Rewrite:
     config: EvictionConfig
     reserve: int
     slots_hint: Callable[["Rewrite"], int]
+    prefill_cap: float | None = None
     arena_slots: int = 0
     vision_count: GraphModule | None = None
     scores: Scores | None = None
     budgets: Budgets | None = None
     candidates: Candidates | None = None
+    capped: tuple[LayerCandidates, ...] | None = None
 
     def pending(self) -> frozenset[Node]:
         """Inserted nodes that no node may use yet."""
@@ -70,8 +76,9 @@ class Rewrite:
         nodes = [node for site in self.plan.sites for node in (site.lse, site.mask) if node is not None]
         nodes += [scores.roles, *scores.mass, *scores.score] if scores is not None else []
         nodes += [budgets.allocation] if budgets is not None else []
+        nodes += [node for layer in self.capped or () for node in (layer.key, layer.value, layer.score, layer.roles)]
         if self.candidates is not None:
-            nodes += self.candidates.roles
+            nodes += [*self.candidates.roles, self.candidates.history, self.candidates.keep_rate]
         return frozenset(nodes)
 
 
@@ -97,10 +104,18 @@ def _budget(rewrite: Rewrite) -> None:
     rewrite.budgets = insert_budgeting(rewrite.gm, rewrite.plan, rewrite.scores, rewrite.config)
 
 
+def _cap(rewrite: Rewrite) -> None:
+    if rewrite.prefill_cap is not None:
+        assert rewrite.scores is not None
+        scores, config, cap = rewrite.scores, rewrite.config, rewrite.prefill_cap
+        rewrite.capped = insert_capping(rewrite.gm, rewrite.plan, scores, config, cap)
+
+
 def _evict(rewrite: Rewrite) -> None:
     assert rewrite.scores is not None and rewrite.budgets is not None
     slots = rewrite.environment.symbol("tgvkv_slots", rewrite.arena_slots)
-    insert_eviction(rewrite.gm, rewrite.plan, rewrite.scores, rewrite.budgets, rewrite.config, rewrite.reserve, slots)
+    decided = (rewrite.plan, rewrite.scores, rewrite.budgets, rewrite.config)
+    insert_eviction(rewrite.gm, *decided, rewrite.reserve, slots, rewrite.capped)
 
 
 def _decode(rewrite: Rewrite) -> None:
@@ -113,6 +128,10 @@ def _continue(rewrite: Rewrite) -> None:
 
 def _survive(rewrite: Rewrite) -> None:
     rewrite.plan, rewrite.candidates = insert_survivors(rewrite.gm, rewrite.plan, *_fake_survivors(rewrite))
+
+
+def _survive_whole(rewrite: Rewrite) -> None:
+    rewrite.plan, rewrite.candidates = insert_whole_past(rewrite.gm, rewrite.plan)
 
 
 def _rebudget(rewrite: Rewrite) -> None:
@@ -135,18 +154,20 @@ class Step:
 
 
 STEPS: tuple[Step, ...] = (
-    Step("materialise_masks", frozenset({"prefill", "continuation", "vision_continuation"}), _materialise),
+    Step("materialise_masks", frozenset({"prefill", "continuation", "vision_continuation", "late_prefill"}), _materialise),
     Step("extract_vision_count", frozenset({"prefill"}), _count_vision, requires=("materialise_masks",)),
     Step("insert_survivors", frozenset({"vision_continuation"}), _survive, requires=("materialise_masks",), sizes_arena=True),
-    Step("normalise_attention", frozenset({"prefill", "vision_continuation"}), _normalise),
+    Step("insert_whole_past", frozenset({"late_prefill"}), _survive_whole, requires=("materialise_masks",)),
+    Step("normalise_attention", frozenset({"prefill", "vision_continuation", "late_prefill"}), _normalise),
     Step("insert_scoring", frozenset({"prefill"}), _score, requires=("normalise_attention",)),
+    Step("insert_capping", frozenset({"prefill"}), _cap, requires=("insert_scoring",)),
     Step("insert_budgeting", frozenset({"prefill"}), _budget, requires=("insert_scoring",)),
     Step("insert_eviction", frozenset({"prefill"}), _evict, requires=("insert_budgeting",), sizes_arena=True),
     Step("insert_decode", frozenset({"decode"}), _decode, sizes_arena=True),
     Step("insert_continuation", frozenset({"continuation"}), _continue, requires=("materialise_masks",), sizes_arena=True),
     Step(
         "insert_rebudgeting",
-        frozenset({"vision_continuation"}),
+        frozenset({"vision_continuation", "late_prefill"}),
         _rebudget,
         requires=("insert_survivors", "normalise_attention"),
     ),
@@ -229,6 +250,7 @@ def rewrite_graph(
     *,
     reserve: int,
     slots_hint: Callable[[Rewrite], int],
+    prefill_cap: float | None = None,
     stop_after: str | None = None,
     dumper: Dumper | None = None,
 ) -> Rewrite:
@@ -241,17 +263,18 @@ def rewrite_graph(
         config: The eviction options.
         reserve: Decode steps to leave room for in fresh segments.
         slots_hint: Gives T of this first call (of the prefill's arena to be, or of the arena that comes in).
+        prefill_cap: How many candidates a layer may have in a prefill, as a multiple of the mean budget; None: all its tokens.
         stop_after: Name of the last step to run; the graph is then for looking at, not for running.
         dumper: Writes the graph before and after each step.
 
     Raises:
         InternalError: A step broke the graph.
     """
-    gm = _copy(gm)
+    gm = copy_graph(gm)
     pin_effects(gm)
     environment = Environment()
     environment.adopt(gm, inputs)
-    rewrite = Rewrite(gm, environment, plan_of(gm, compressed), config, reserve, slots_hint)
+    rewrite = Rewrite(gm, environment, plan_of(gm, compressed), config, reserve, slots_hint, prefill_cap)
     verify(gm, after="adopt")
     if dumper is not None:
         dumper.graph(gm, rewrite.plan.kind, "traced")
@@ -270,14 +293,22 @@ def rewrite_graph(
     return rewrite
 
 
-def _copy(gm: GraphModule) -> GraphModule:
+def with_vision_inputs(gm: GraphModule, places: Sequence[int]) -> GraphModule:
+    """A copy of the graph given masks for those inputs that hold merged embeddings; see `insert_vision_input`."""
+    other = copy_graph(gm)
+    insert_vision_input(other, places)
+    return other
+
+
+def copy_graph(gm: GraphModule) -> GraphModule:
     """A copy that keeps what dynamo wrote on the graph's inputs: which are weights decides what CUDA graphs copy."""
     other = copy.deepcopy(gm)
     pairs = zip(gm.graph.find_nodes(op="placeholder"), other.graph.find_nodes(op="placeholder"), strict=True)
     for old, new in pairs:
         new._dynamo_source = getattr(old, "_dynamo_source", None)
-    if hasattr(gm, "_param_name_to_source"):
-        other._param_name_to_source = gm._param_name_to_source
+    for name in ("_param_name_to_source", "compile_subgraph_reason"):
+        if hasattr(gm, name):
+            setattr(other, name, getattr(gm, name))
     return other
 
 

@@ -229,6 +229,14 @@ def test_a_later_turn_is_explained(count: int, picture: bool, kind: str, plan: s
     step(model, caches)
 
 
+def test_a_first_picture_after_text_is_explained() -> None:
+    model = Decoder()
+    _, caches = model(tokens()[:, :6])
+    report = explain(model, {**inputs(), "past": caches})
+    assert [graph.kind for graph in report.graphs] == ["late_prefill"] and report.problems == ()
+    assert "which holds text only so far" in report.plan
+
+
 def test_what_is_not_a_model() -> None:
     with pytest.raises(ConfigError, match="model is a function"):
         explain(lambda x: x, {})  # type: ignore[arg-type]

@@ -139,7 +139,7 @@ def test_a_call_that_fails_between_layers_breaks_the_cache(
     with monkeypatch.context() as patch, pytest.raises(BaseException) as caught:
         for op in (decode_step, "tgvkv_compile.ops.continue_step"):
             target = op if isinstance(op, str) else op.__name__
-            patch.setattr(f"{target}.attend", fails_at(2, segments.attend, fault))  # the second layer's
+            patch.setattr(f"{target}.attend_segment", fails_at(2, segments.attend_segment, fault))  # the second layer's
         CALLS[call](model, caches)
     assert isinstance(caught.value, type(fault))
     for use in (*CALLS.values(), lambda _, broken: copy.deepcopy(broken)):

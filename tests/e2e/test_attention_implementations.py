@@ -8,7 +8,8 @@ import torch
 from tests.support.models import IMAGE, Shape, make_inputs, make_model
 from tests.support.reference import reference
 from tests.support.running import kept_of
-from tgvkv_compile import tgvkv_backend
+from tests.support.talking import Conversation
+from tgvkv_compile import explain, tgvkv_backend
 from tgvkv_compile.config import EvictionConfig
 
 SHAPE = Shape(layers=2, seed=7)
@@ -45,3 +46,25 @@ def test_flex_attention(budget: float) -> None:
     if budget == 1.0:
         stock = generate(make_model(SHAPE), inputs)
         assert torch.equal(output.sequences, stock.sequences)
+
+
+def test_flex_attention_in_later_turns() -> None:
+    """Text and a picture on the compressed cache, padded both times; then text, and a first picture after text alone."""
+    config = EvictionConfig(0.3)
+    for first in (PROMPTS, ((9,), (6,), (8,))):
+        model, backend = model_with("flex_attention", budget=0.3)
+        talk = Conversation(model, make_model(SHAPE), config)
+        talk.say(make_inputs(first)).steps(2)
+        talk.say(make_inputs(((4,), (6,), (5,)), seed=3)).steps(2)
+        talk.say(make_inputs(((4, 6), (7,), (2, 3, 5)), seed=5)).steps(3)
+        assert talk.session.fragile == [None] * len(PROMPTS), "choose another seed: float noise decides here"
+        assert talk.compared == 10 * len(PROMPTS)
+        assert backend.graphs.get("vision_continuation", 0) + backend.graphs.get("late_prefill", 0) >= 1
+
+
+def test_explain_sees_what_the_backend_does_with_flex_attention() -> None:
+    model = make_model(SHAPE)
+    model.set_attn_implementation({"text_config": "flex_attention", "vision_config": "sdpa"})
+    report = explain(model, make_inputs(PROMPTS), 0.3)
+    assert report.problems == () and report.capacity is not None and report.capacity.num_layers == SHAPE.layers
+    assert [site.form for graph in report.graphs if graph.kind == "prefill" for site in graph.sites] == ["flex"] * SHAPE.layers

@@ -41,6 +41,15 @@ def compiled_model(budget: float = BUDGET, lowering: Any = "eager") -> tuple[Any
     return model, backend
 
 
+@pytest.mark.parametrize("lowering", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_prefill_cap_that_no_layer_meets_changes_nothing(lowering: Any) -> None:
+    """Every layer wants the same here, so that the mean budget itself is cap enough."""
+    model = make_model(SHAPE)
+    model.compile(backend=tgvkv_backend(BUDGET, budgeting="uniform", prefill_cap=1.0, lowering=lowering))
+    config = EvictionConfig(BUDGET, budgeting="uniform")
+    assert_same_run(run(model, make_inputs(PADDED), STEPS), expected_of(PADDED, config))
+
+
 def generate(model: Any, inputs: dict[str, Tensor], steps: int = STEPS, **options: Any) -> Any:
     return model.generate(
         **inputs,

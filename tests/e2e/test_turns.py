@@ -1,6 +1,7 @@
 """Several turns on one cache: texts, new pictures, copies and crops, against the reference that follows the same rules."""
 
 import copy
+import dataclasses
 import functools
 from typing import Any
 
@@ -68,6 +69,36 @@ def test_pictures_in_later_turns(shape: Shape, prompts: Any, second: Any, loweri
     report = inspect_cache(talk.cache)
     assert report.logical_length == talk.mask.shape[1]
     assert int(report.segment_lengths.sum()) < 0.75 * int(talk.mask.sum()) * shape.layers
+
+
+@pytest.mark.parametrize(
+    ("attention", "options"),
+    [
+        ("sdpa", {"budget": 0.3}),
+        ("sdpa", {"budget": 0.4, "budget_of": "vision", "decode": "fixed"}),
+        ("eager", {"budget": 0.3, "budgeting": "waterfill"}),
+        ("sdpa", {"budget": 1.0}),
+    ],
+)
+@pytest.mark.parametrize("samples", [1, 3])
+def test_a_first_picture_after_turns_of_text(attention: str, options: dict[str, Any], samples: int) -> None:
+    """Text, answer, text, then a picture: what was said before is all there, padding among it, and is shared out now."""
+    shape = dataclasses.replace(GROUPED, attention=attention)
+    talk, backend = start(shape, EvictionConfig(**options), growth_reserve=3)
+    first, second = text(samples, 7), text(samples, 5, seed=4)
+    for inputs, padded in ((first, (0, 3, 1)), (second, (2, 0, 1))):
+        left = torch.tensor(padded[:samples])[:, None] if samples > 1 else torch.zeros(1, 1)
+        inputs["attention_mask"] = (torch.arange(inputs["input_ids"].shape[1]) >= left).long()
+    talk.say(first).steps(2).say(second).steps(1)
+    talk.say(turn(SECOND[:samples], shape, 5)).steps(5)
+    talk.say(text(samples, 6)).steps(2)
+    talk.say(turn(((2, 4),) * samples, shape, 6)).steps(3)
+    assert talk.session.fragile == [None] * samples, "choose another seed: float noise decides here"
+    assert talk.compared == 18 * samples
+    assert backend.graphs["late_prefill"] >= 1 and backend.graphs["vision_continuation"] >= 1
+    kept = int(inspect_cache(talk.cache).segment_lengths.sum())
+    everything = int(talk.mask.sum()) * shape.layers
+    assert kept == everything if options["budget"] == 1.0 else kept < 0.9 * everything
 
 
 def test_written_out_attention_and_a_vision_budget() -> None:

@@ -1,6 +1,7 @@
 """What a family is: a tiny model from a config, and what its processor would give for an image or a video."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -139,7 +140,11 @@ def make_inputs(family: Family, model: Any, prompts: tuple[Prompt, ...], *, seed
 def count_features(family: Family, model: Any, kind: Kind, media: Media) -> int:
     """How many placeholders an image or video takes."""
     encode = getattr(model.base_model, f"get_{kind}_features")
-    output = encode(**family.join([[media]]), return_dict=True)
+    # Older transformers call the pixels of a video `pixel_values`, too.
+    known = inspect.signature(encode).parameters
+    rename = {"pixel_values_videos": "pixel_values"} if "pixel_values_videos" not in known and "pixel_values" in known else {}
+    given = {rename.get(name, name): value for name, value in family.join([[media]]).items()}
+    output = encode(**given, return_dict=True)
     features = output.last_hidden_state if output.pooler_output is None else output.pooler_output
     parts = [features] if isinstance(features, Tensor) else features
     return sum(part.shape[:-1].numel() for part in parts)

@@ -3,12 +3,14 @@
 What is recorded in `docs/models.json` is what these tests hold it to; `docs/models.md` is made from it.
 """
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from tests.families.family import IMAGE, VIDEO, Family, Kind, Prompt, make_inputs, make_model
 from tests.families.table import FAMILIES
@@ -21,11 +23,25 @@ from tgvkv_compile.config import EvictionConfig
 RECORD: dict[str, Any] = json.loads((Path(__file__).parents[2] / "docs" / "models.json").read_text(encoding="utf-8"))
 BUDGET = 0.3
 STEPS = 7
+FAIL_ALONE = ("llama4",)
+"""Nothing else may be skipped."""
 
 
 def recorded(what: str) -> list[str]:
     """The families that have something under this name."""
     return [name for name, record in RECORD.items() if record[what]]
+
+
+def skip_what_fails_alone(name: str) -> None:
+    """Skips a family that a release of transformers broke, if the uncompiled model fails here: llama4 does on 5.24.0."""
+    if name not in FAIL_ALONE:
+        return
+    family = FAMILIES[name]
+    model = make_model(family)
+    try:
+        model.generate(**make_inputs(family, model, mixed("image")), max_new_tokens=1, do_sample=False)
+    except (AttributeError, TypeError) as error:
+        pytest.skip(f"{name} of transformers {transformers.__version__} fails uncompiled: {error}")
 
 
 def compiled(family: Family, budget: float) -> tuple[Any, Any]:
@@ -69,22 +85,54 @@ def test_the_whole_budget_is_the_uncompiled_model(name: str) -> None:
 
 @pytest.mark.parametrize("name", recorded("graphs"))
 def test_a_padded_batch_in_generate(name: str) -> None:
+    skip_what_fails_alone(name)
     family = FAMILIES[name]
     model, backend = compiled(family, BUDGET)
     inputs = make_inputs(family, model, mixed("image"))
     assert_same_run(traced_generate(model, inputs, STEPS), expected_of(family, inputs))
-    assert backend.graphs == RECORD[name]["graphs"]
+    assert of_generate(model, backend.graphs) == RECORD[name]["graphs"]
+    assert RECORD[name]["batch"] and RECORD[name]["images"] == 2  # what `mixed` has
+
+
+def of_generate(model: Any, graphs: dict[str, int]) -> dict[str, int]:
+    """All graphs, or those of the decoder where `generate` of an older transformers encodes vision inside of the model."""
+    return graphs if "mm_encoder_outputs" in inspect.signature(model.forward).parameters else of_decoder(graphs)
+
+
+def of_decoder(graphs: dict[str, int]) -> dict[str, int]:
+    """How many graphs dynamo makes of the rest is its own affair."""
+    return {kind: count for kind, count in graphs.items() if kind != "dense"}
 
 
 @pytest.mark.parametrize("name", recorded("direct"))
 def test_one_prompt_by_direct_calls(name: str) -> None:
-    """Without mask and positions: attention is causal as such, and the vision tower is in the compiled code."""
+    """Without mask and positions: attention is causal as such, and the model finds positions and features by itself."""
     family = FAMILIES[name]
     model, backend = compiled(family, BUDGET)
     inputs = make_inputs(family, model, single("image"))
     assert_same_run(run(model, inputs, STEPS, give_mask=False, give_positions=False), expected_of(family, inputs))
-    # How many graphs dynamo makes of a vision tower is its own affair.
-    assert {kind: count for kind, count in backend.graphs.items() if kind != "dense"} == RECORD[name]["direct"]
+    assert of_decoder(backend.graphs) == RECORD[name]["direct"]
+
+
+@pytest.mark.parametrize("name", recorded("direct"))
+def test_a_padded_batch_in_a_direct_call(name: str) -> None:
+    """The prefill only: where positions have three rows, a step of a padded batch needs positions from the caller."""
+    family = FAMILIES[name]
+    model, backend = compiled(family, BUDGET)
+    inputs = make_inputs(family, model, mixed("image"))
+    expected = expected_of(family, inputs)
+    expected.logits, expected.kept, expected.tokens = expected.logits[:1], expected.kept[:1], expected.tokens[:1]
+    assert_same_run(run(model, inputs, 0, give_positions=False), expected)
+    assert of_decoder(backend.graphs) == {"prefill": RECORD[name]["direct"]["prefill"]}
+
+
+@pytest.mark.parametrize("name", recorded("video"))
+def test_videos_by_direct_calls(name: str) -> None:
+    family = FAMILIES[name]
+    model, backend = compiled(family, BUDGET)
+    inputs = make_inputs(family, model, single("video"))
+    assert_same_run(run(model, inputs, STEPS, give_mask=False, give_positions=False), expected_of(family, inputs))
+    assert of_decoder(backend.graphs) == RECORD[name]["direct"]
 
 
 @pytest.mark.parametrize("name", recorded("video"))
@@ -93,7 +141,7 @@ def test_videos(name: str) -> None:
     model, backend = compiled(family, BUDGET)
     inputs = make_inputs(family, model, mixed("video"))
     assert_same_run(traced_generate(model, inputs, STEPS), expected_of(family, inputs))
-    assert backend.graphs == RECORD[name]["graphs"]
+    assert of_generate(model, backend.graphs) == RECORD[name]["graphs"]
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision"])
@@ -103,4 +151,4 @@ def test_an_image_and_a_video_in_one_prompt(name: str) -> None:
     model, backend = compiled(family, BUDGET)
     inputs = make_inputs(family, model, ((4, "video", 3, "image", 8),))
     assert_same_run(traced_generate(model, inputs, STEPS), expected_of(family, inputs))
-    assert backend.graphs == RECORD[name]["graphs"]
+    assert of_generate(model, backend.graphs) == RECORD[name]["graphs"]

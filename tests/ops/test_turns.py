@@ -13,6 +13,7 @@ from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.ops import scoring
 from tgvkv_compile.ops.attention import scaled_dot_product_attention_with_lse
 from tgvkv_compile.ops.oracle import Oracle
+from tgvkv_compile.ops.packing import protected_from
 from tgvkv_compile.ops.retention import retain
 from tgvkv_compile.ops.roles import Roles, token_roles
 from tgvkv_compile.ops.scoring import attention_probabilities, prefill_scores, scores_from_attention
@@ -21,7 +22,6 @@ from tgvkv_compile.ops.turns import (
     candidate_mask,
     candidate_roles,
     extend_history,
-    protected_from,
     turn_roles,
     vision_history,
 )

@@ -154,6 +154,9 @@ class Decoder(nn.Module):
         hidden = self.embed(ids)
         if features is not None:
             hidden = hidden.masked_scatter((ids == IMAGE).unsqueeze(-1), features)
+        return self.decode(hidden, past, mask)
+
+    def decode(self, hidden: Tensor, past: list[tuple[Tensor, Tensor]] | None, mask: Tensor | None) -> Any:
         caches = []
         for index, layer in enumerate(self.layers):
             before = (torch.tensor([]), torch.tensor([])) if past is None else past[index]
@@ -223,6 +226,7 @@ def rewritten(
     *,
     compressed: frozenset[str] = frozenset(),
     config: EvictionConfig | None = None,
+    prefill_cap: float | None = None,
 ) -> Rewrite:
     return rewrite_graph(
         gm,
@@ -231,6 +235,7 @@ def rewritten(
         config or EvictionConfig(budget=0.4),
         reserve=4,
         slots_hint=lambda rewrite: SLOTS,
+        prefill_cap=prefill_cap,
         stop_after=stop_after,
     )
 

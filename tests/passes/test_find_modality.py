@@ -39,3 +39,23 @@ def test_several_merges_and_masks_that_are_inputs() -> None:
     assert found is not None and len(found.masks) == len(found.merges) == 2
     assert found.masks[0].target == "expand_as"
     assert found.masks[1].op == "placeholder"
+
+
+class _Wheres(nn.Module):
+    """A merge by `where`, as smolvlm of transformers 5.17 has it; then choices that are none."""
+
+    def forward(self, embeds: Tensor, ids: Tensor, spread: Tensor) -> Any:
+        mask = ids == IMAGE
+        merged = torch.where(mask.unsqueeze(-1), spread, embeds)
+        clipped = torch.where((merged[..., 0] > 0).unsqueeze(-1), merged, spread)
+        masked_ids = torch.where(mask, torch.zeros_like(ids), ids)
+        return merged, clipped, masked_ids
+
+
+def test_a_merge_by_where() -> None:
+    embeds, ids = torch.zeros(1, 5, 3), torch.tensor([[1, IMAGE, 2, 3, 4]])
+    gm, _ = capture(_Wheres(), embeds, ids, torch.ones(1, 5, 3))
+    found = find_modality(gm)
+    assert found is not None
+    (mask,), (merge,) = found.masks, found.merges
+    assert merge.target is torch.where and mask.target == "unsqueeze"

@@ -132,8 +132,8 @@ def test_operations() -> None:
     assert called.count("scaled_dot_product_attention_with_lse") == called.count("prefill_scores") == 3
     assert called.count("retain") == 3 and called.count("allocate_again") == called.count("protected_from") == 1
     assert "scaled_dot_product_attention" not in called and "cat" not in called
-    # Without handles, or without new vision, neither pass has anything to do.
-    assert "candidate_roles" not in calls(rewritten(gm, inputs).gm)
+    # Without handles the past is taken as it is; without new vision, neither pass has anything to do.
+    assert "whole_past" not in called and "whole_past" in calls(rewritten(gm, inputs).gm)
     other, given = capture(Decoder(masked), tokens()[:, :5], None, full_cache(7), causal(1, 5, past=7))
     assert "candidate_roles" not in calls(rewritten(other, given, compressed=pasts(other)).gm)
 

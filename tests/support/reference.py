@@ -102,6 +102,8 @@ class Session:
         if first:
             self._evicted = [index for index, layer in enumerate(cache.layers) if type(layer) is DynamicLayer]
             self._prefill(torch.isin(tokens, self._image_token))
+        elif self.dense and bool((vision := torch.isin(tokens, self._image_token)).any()):
+            self._first_vision(vision)
         elif not self.dense and count == 1:
             self._decode()
         elif not self.dense:
@@ -169,6 +171,17 @@ class Session:
             self._oracles.append(oracles[0])
             self._twins.append((oracles[1], oracles[2]))
             self._compare(sample)
+
+    def _first_vision(self, vision: Tensor) -> None:
+        """A turn with vision after turns of text."""
+        self.dense = False
+        for valid in self._valid[:, : -vision.shape[1]]:
+            oracles = [Oracle(self._config) for _ in range(3)]
+            for oracle in oracles:
+                oracle.hold(len(self._evicted), int(valid.sum()))
+            self._oracles.append(oracles[0])
+            self._twins.append((oracles[1], oracles[2]))
+        self._turn(vision)
 
     def _turn(self, vision: Tensor) -> None:
         count = vision.shape[1]

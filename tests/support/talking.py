@@ -84,6 +84,9 @@ class Conversation:
         self._compare_kept()
 
     def _compare_kept(self) -> None:
+        if self.session.dense:  # no picture yet, so nothing is evicted
+            self.compared += self.mask.shape[0]
+            return
         kept = kept_of(self.cache)
         for sample, fragile in enumerate(self.session.fragile):
             if fragile is None:

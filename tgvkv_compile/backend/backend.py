@@ -11,9 +11,10 @@ from torch import SymInt, Tensor
 from torch.fx import GraphModule
 
 from tgvkv_compile.backend import dynamo
+from tgvkv_compile.backend.carried import MarkedProgram, MergingProgram, VisionMarks, merged_before_break
 from tgvkv_compile.backend.options import GROWTH_RESERVE, BackendOptions, read_options
 from tgvkv_compile.backend.programs import CachedProgram, PrefillProgram, Refusal, fewest_vision, key_weight
-from tgvkv_compile.backend.vision_turn import VisionContinuationProgram
+from tgvkv_compile.backend.vision_turn import LatePrefillProgram, VisionContinuationProgram
 from tgvkv_compile.config import (
     SINK_TOKENS,
     Budgeting,
@@ -28,7 +29,7 @@ from tgvkv_compile.fx.dump import Dumper
 from tgvkv_compile.fx.meta import fake_tensor, source_line
 from tgvkv_compile.fx.targets import op_kind
 from tgvkv_compile.lower import lower_dense
-from tgvkv_compile.pipeline import Rewrite, plan_of, rewrite_graph
+from tgvkv_compile.pipeline import Rewrite, plan_of, rewrite_graph, with_vision_inputs
 from tgvkv_compile.plan import Plan, render_misses
 from tgvkv_compile.runtime.compact import arena_slots
 from tgvkv_compile.runtime.logical import LogicalKV
@@ -49,6 +50,7 @@ def tgvkv_backend(
     on_unsupported: OnUnsupported = "raise",
     configure_dynamo: bool = True,
     growth_reserve: int = GROWTH_RESERVE,
+    prefill_cap: float | None = None,
     dump_graphs: str | None = None,
     stop_after: str | None = None,
     **unknown: object,
@@ -71,6 +73,9 @@ def tgvkv_backend(
             uncompressed, and say so once).
         configure_dynamo: Set dynamo's process-wide flags that a VLM needs (see `backend.dynamo.configure`).
         growth_reserve: Decode steps that a fresh cache has room for; it grows geometrically when they are used up.
+        prefill_cap: Bounds the memory of a prefill: at most this multiple of the mean budget is kept of each layer as soon
+            as the layer is done, so that the full KV of all layers never exists at once. Exact wherever no layer is to keep
+            more; one that is keeps its best tokens up to that. Needs `budget_of="all"`. None: no such bound.
         dump_graphs: Folder for readable graphs before and after each pass.
         stop_after: Name of the last pass to run. The graphs can then be looked at; the model runs uncompressed.
         **unknown: Refused.
@@ -91,6 +96,7 @@ def tgvkv_backend(
         "on_unsupported": on_unsupported,
         "configure_dynamo": configure_dynamo,
         "growth_reserve": growth_reserve,
+        "prefill_cap": prefill_cap,
         "dump_graphs": dump_graphs,
         "stop_after": stop_after,
     }
@@ -113,6 +119,7 @@ class TgvkvBackend:
         self.graphs: dict[str, int] = {}
         self._dumper = Dumper(options.dump_graphs)
         self._told: set[str] = set()
+        self._marks = VisionMarks()
         if options.configure_dynamo:
             dynamo.configure()
         atexit.register(_warn_if_unreached, self.graphs)
@@ -127,16 +134,22 @@ class TgvkvBackend:
         placeholders = gm.graph.find_nodes(op="placeholder")
         examples = zip(placeholders, example_inputs, strict=True)
         compressed = frozenset(node.name for node, example in examples if isinstance(example, LogicalKV))
-        plan = plan_of(gm, compressed)
+        marked = self._marks.among(example_inputs)
+        seen = with_vision_inputs(gm, marked) if marked else gm
+        plan = plan_of(seen, compressed)
         self.graphs[plan.kind] = self.graphs.get(plan.kind, 0) + 1
         log.info("%s graph: %s (%d attention sites)", plan.kind, plan.reason, len(plan.sites))
-        problem = problem_of(gm, plan)
+        problem = problem_of(seen, plan)
         if problem is not None:
             return self._unsupported(problem, gm, example_inputs, bool(compressed))
         if plan.kind == "dense":
+            merged = merged_before_break(seen, plan)
+            if merged is not None:
+                return MergingProgram(seen, merged, self._marks, lambda graph: self._dense(graph, example_inputs))
             return self._dense(gm, example_inputs)
         try:
-            return self._program(gm, example_inputs, plan, compressed)
+            given = [*example_inputs, *(self._marks.read(example_inputs[place]) for place in marked)]
+            return MarkedProgram(self._program(seen, given, plan, compressed), self._marks, marked)
         except TgvkvError as error:
             return self._unsupported(error, gm, example_inputs, bool(compressed))
 
@@ -151,6 +164,7 @@ class TgvkvBackend:
             options.eviction,
             reserve=options.growth_reserve,
             slots_hint=_Slots(inputs),
+            prefill_cap=options.prefill_cap,
             stop_after=options.stop_after,
             dumper=self._dumper,
         )
@@ -161,6 +175,8 @@ class TgvkvBackend:
         weight = key_weight(plan, gm)
         if plan.kind == "prefill":
             return PrefillProgram(rewrite, options, id(self), weight)
+        if plan.kind == "late_prefill":
+            return LatePrefillProgram(rewrite, options, id(self), weight)
         position = {node.name: index for index, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
         appends = [append for site in plan.sites for append in (site.key, site.value)]
         pasts = [position[append.past.name] for append in appends if append.past is not None]
@@ -221,12 +237,11 @@ def problem_of(gm: GraphModule, plan: Plan) -> TgvkvError | None:
         listed = render_misses(plan.misses)
         return UnsupportedGraphError(f"tgvkv: {plan.reason}; {len(plan.misses)} sites cannot be rewritten:\n{listed}{where}")
     if plan.kind == "dense":
-        if plan.modality is None or any(op_kind(node) in ("sdpa", "softmax") for node in gm.graph.nodes):
+        attends = any(op_kind(node) in ("sdpa", "softmax") for node in gm.graph.nodes)
+        if plan.modality is None or attends or merged_before_break(gm, plan) is not None:
             return None
         merge = plan.modality.merges[0]
         found = f"%{merge.name} at {source_line(merge)}"
-        if reason is not None:
-            return SplitDecoderError(f"vision features are merged ({found}), but the decoder is in another graph{where}")
         return NoAttentionError(
             f"vision features are merged ({found}), but no attention was found in the graph; nothing would be evicted"
         )

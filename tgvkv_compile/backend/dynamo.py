@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from tgvkv_compile.backend.uncompiled import keep_uncompiled
 from tgvkv_compile.fx.private import keep_mutations_after_subgraphs, symbolic_shapes_config
 
 log = logging.getLogger("tgvkv_compile")
@@ -58,7 +59,13 @@ def configure() -> None:
     for config, chosen in _all_flags():
         for name, value in chosen.items():
             setattr(config, name, value)
+    _adjust()
+
+
+def _adjust() -> None:
+    """What no flag does. It stays: dynamo knows no way back, and it changes no result."""
     keep_mutations_after_subgraphs()
+    keep_uncompiled()
     masks = sys.modules.get("transformers.masking_utils")  # where it is not loaded, there is no model to compile yet
     fast_all = getattr(masks, "fast_all", None)
     if fast_all is not None:
@@ -68,6 +75,7 @@ def configure() -> None:
 @contextlib.contextmanager
 def configured() -> Iterator[None]:
     """The flags are set within, and as they were afterwards."""
+    _adjust()
     with contextlib.ExitStack() as stack:
         for config, chosen in _all_flags():
             if chosen:

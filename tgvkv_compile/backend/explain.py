@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from tgvkv_compile.backend import dynamo
 from tgvkv_compile.backend.backend import problem_of, slots_of_example
+from tgvkv_compile.backend.carried import MergingProgram, VisionMarks, merged_before_break
 from tgvkv_compile.backend.options import BackendOptions, read_options
 from tgvkv_compile.backend.programs import fewest_vision
 from tgvkv_compile.config import EvictionConfig
@@ -18,13 +19,14 @@ from tgvkv_compile.errors import ConfigError, NoAttentionError, TgvkvError
 from tgvkv_compile.fx.meta import fake_tensor, source_line
 from tgvkv_compile.fx.targets import op_kind, target_name
 from tgvkv_compile.ops.budgeting import kept_bound
-from tgvkv_compile.pipeline import find_all, plan_found, rewrite_graph
+from tgvkv_compile.pipeline import find_all, plan_found, rewrite_graph, with_vision_inputs
 from tgvkv_compile.plan import AttentionSite, GraphKind, Miss, Plan
 from tgvkv_compile.runtime.logical import LogicalKV
 
 _LATER: dict[GraphKind, str] = {
     "decode": "append one token to the compressed cache, and evict at most one entry per layer",
     "continuation": "append a later turn to the compressed cache: all its tokens are kept, nothing is evicted",
+    "late_prefill": "compress the cache, which holds text only so far, with the new tokens, and evict while decoding",
     "vision_continuation": "share the budget out again over what the compressed cache still holds and the new tokens",
 }
 
@@ -163,7 +165,8 @@ def explain(model: torch.nn.Module, inputs: Mapping[str, Any], budget: float | i
     """Runs a model's forward once, uncompiled, and tells what the backend would find, miss and do.
 
     The model stays as it is, compiled or not, and so do dynamo's flags: with `configure_dynamo=True` (the default) they are
-    set for the run only. So does a `past_key_values` among the inputs; a compressed one tells what a later turn would do.
+    set for the run only; what `backend.dynamo` changes in dynamo besides its flags stays. So does a `past_key_values` among
+    the inputs; a compressed one tells what a later turn would do.
 
     Args:
         model: A transformers vision-language model; it may be compiled.
@@ -199,12 +202,15 @@ class _Finder:
         self.options = options
         self.graphs: list[GraphReport] = []
         self.capacity: Capacity | None = None
+        self._marks = VisionMarks()
 
     def __call__(self, gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        found = find_all(gm)
+        marked = self._marks.among(inputs)
+        seen = with_vision_inputs(gm, marked) if marked else gm
+        found = find_all(seen)
         placeholders = zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)
         plan = plan_found(found, frozenset(node.name for node, value in placeholders if isinstance(value, LogicalKV)))
-        problem = problem_of(gm, plan)
+        problem = problem_of(seen, plan)
         reason = dynamo.graph_break(gm)
         report = GraphReport(
             plan.kind,
@@ -216,9 +222,17 @@ class _Finder:
             None if found.sites else _candidate(gm),
         )
         self.graphs.append(report)
+        masks = [self._marks.read(inputs[place]) for place in marked]
         if plan.kind == "prefill" and problem is None:
-            self.capacity = _capacity(gm, inputs, plan, self.options)
-        return lambda *values: gm.forward(*(_readable(value) for value in values))
+            self.capacity = _capacity(seen, [*inputs, *masks], plan, self.options)
+        merged = merged_before_break(seen, plan)
+        if merged is not None:
+            return MergingProgram(seen, merged, self._marks, _run_readable)
+        return _run_readable(gm)
+
+
+def _run_readable(gm: GraphModule) -> Callable[..., Any]:
+    return lambda *values: gm.forward(*(_readable(value) for value in values))
 
 
 def _readable(value: Any) -> Any:

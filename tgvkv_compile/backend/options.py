@@ -1,6 +1,7 @@
 """The options of the backend as one frozen record."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,6 +32,7 @@ class BackendOptions:
     on_unsupported: OnUnsupported = "raise"
     configure_dynamo: bool = True
     growth_reserve: int = GROWTH_RESERVE
+    prefill_cap: float | None = None
     dump_graphs: str | None = None
     stop_after: str | None = None
 
@@ -40,11 +42,24 @@ class BackendOptions:
         check_choice("on_unsupported", self.on_unsupported, OnUnsupported)
         check_count("growth_reserve", self.growth_reserve, minimum=1)
         check_stop_after(self.stop_after)
+        _check_cap(self.prefill_cap, self.eviction)
         for name in ("mode", "options"):
             if getattr(self, name) is not None and self.lowering != "inductor":
                 raise ConfigError(f"{name}={getattr(self, name)!r} is for lowering='inductor', not {self.lowering!r}")
         if self.options is not None and not isinstance(self.options, dict):
             raise ConfigError(f"options={self.options!r} must be a dict of Inductor options")
+
+
+def _check_cap(cap: object, eviction: EvictionConfig) -> None:
+    if cap is None:
+        return
+    if isinstance(cap, bool) or not isinstance(cap, (int, float)) or not 1.0 <= cap < math.inf:
+        raise ConfigError(f"prefill_cap={cap!r} must be a number >= 1, a multiple of the mean budget, or None")
+    if eviction.budget_of == "vision":
+        raise ConfigError(
+            f"prefill_cap={cap!r} needs budget_of='all': with budget_of='vision' the size of the mean budget is known only "
+            "from the prompt's data"
+        )
 
 
 def _names(record: type) -> tuple[str, ...]:

@@ -43,7 +43,7 @@ class Refusal:
         raise self._error
 
 
-class _Compiled:
+class CompiledRewrite:
     """A rewritten graph, lowered at its first call and again where a size falls outside what was compiled for."""
 
     def __init__(self, rewrite: Callable[[], Rewrite], first: Rewrite, options: BackendOptions) -> None:
@@ -112,7 +112,7 @@ def check_padding(valid: Tensor) -> None:
         )
 
 
-def _address(weight: Tensor) -> int:
+def address_of(weight: Tensor) -> int:
     """Where a weight's data is; of a weight that is sharded over ranks (a `DTensor`), this rank's shard."""
     return (weight.to_local() if hasattr(weight, "to_local") else weight).data_ptr()
 
@@ -130,7 +130,7 @@ class PrefillProgram:
     def __init__(self, rewrite: Callable[[], Rewrite], options: BackendOptions, backend: int, weight: int | None) -> None:
         first = rewrite()
         plan = first.plan
-        self._compiled = _Compiled(rewrite, first, options)
+        self._compiled = CompiledRewrite(rewrite, first, options)
         self._options, self._backend, self._weight = options, backend, weight
         self._layers = plan.num_layers
         self._slots = [(site.key.output, site.value.output) for site in plan.sites]
@@ -156,7 +156,7 @@ class PrefillProgram:
         outputs, state, (history, room, valid) = results[: self._outputs], results[self._outputs : -3], results[-3:]
         if valid is not None:
             check_padding(valid)
-        weight = _address(inputs[self._weight]) if self._weight is not None else 0
+        weight = address_of(inputs[self._weight]) if self._weight is not None else 0
         compact = CompactCache(
             CompactState(*state),
             config=options.eviction,
@@ -201,7 +201,7 @@ class CachedProgram:
         first = rewrite()
         plan = first.plan
         self._kind = plan.kind
-        self._compiled = _Compiled(rewrite, first, options)
+        self._compiled = CompiledRewrite(rewrite, first, options)
         self._backend, self._weight = backend, weight
         self._slots = [(site.key.output, site.value.output) for site in plan.sites]
         self._pasts = pasts  # key and value of each layer, by turns
@@ -266,7 +266,7 @@ class CachedProgram:
                 "this KV cache was compressed by another backend (another compiled model, or another call of "
                 "tgvkv_backend); give each model the caches that it made itself"
             )
-        if self._weight is not None and _address(inputs[self._weight]) != identity.weight:
+        if self._weight is not None and address_of(inputs[self._weight]) != identity.weight:
             raise ForeignCacheError(
                 "this KV cache was made by another model (the weights of its first layer are not this model's); give each "
                 "model the caches that it made itself"

@@ -7,6 +7,9 @@ from torch.fx import GraphModule, Node
 
 from tgvkv_compile.errors import InternalError
 
+VISION_OF = "tgvkv_vision_of"
+"""Key in `Node.meta` of an input that is a mask of vision: the name of the input whose embeddings it is for."""
+
 
 def fake_value(node: Node) -> Any:
     """The fake value of a node: `meta["example_value"]` (dynamo) or `meta["val"]` (export), or None."""

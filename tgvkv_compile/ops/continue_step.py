@@ -1,10 +1,12 @@
 """Custom op `tgvkv::continue_step`: several new tokens join a layer's segment and attend; nothing is evicted."""
 
+import functools
+
 import torch
 from torch import Tensor
 
 from tgvkv_compile.ops.graph_masks import valid_columns, visible_among_new
-from tgvkv_compile.ops.segments import attend, segment_window
+from tgvkv_compile.ops.segments import attend_segment
 from tgvkv_compile.ops.state import CompactState
 
 
@@ -45,21 +47,33 @@ def _continue_step(
     slot_position[samples, slot] = position.to(slot_position.dtype)
 
     grown = length + valid.sum(1)
-    window = segment_window(key_arena, value_arena, slot_position, start, grown)
-    # An old entry is seen by every new token; a new one as the mask among new tokens says.
-    column = (window.positions - lengths[:, None]).clamp(min=0)  # rank of a new entry
-    source = torch.where(valid, rank, count).clamp(max=count)
-    by_rank = torch.zeros((batch, count, count + 1), dtype=torch.bool, device=device)
-    by_rank.scatter_(2, source[:, None, :].expand(-1, count, -1), among_new)
-    new_seen = by_rank.gather(2, column.clamp(max=count)[:, None, :].expand(-1, count, -1))
-    old = (window.positions >= 0) & (window.positions < lengths[:, None])
-    sees = old[:, None, :] | (new_seen & (window.positions >= lengths[:, None])[:, None, :])
-    _, output = attend(query, window, sees[:, None], scale)
+    sees = functools.partial(_visible, among_new=among_new, valid=valid, rank=rank, lengths=lengths)
+    seen = attend_segment(query, key_arena, value_arena, slot_position, start, grown, scale, sees)
 
     segment_len[:, layer] = grown
     next_slot[:, layer] = start + grown
     protect_from[:, layer] = lengths
-    return output
+    return seen.output
+
+
+def _visible(positions: Tensor, *, among_new: Tensor, valid: Tensor, rank: Tensor, lengths: Tensor) -> Tensor:
+    """Which entries each new token sees, bool `[B, Q, W]`: every old one, and a new one as the mask among new tokens says.
+
+    Args:
+        positions: int64 `[B, W]`, of the entries, -1 where empty.
+        among_new: bool `[B, Q, Q]`.
+        valid: bool `[B, Q]`, which new tokens are not padding.
+        rank: int64 `[B, Q]`, their places among those.
+        lengths: int64 `[B]`, tokens before them.
+    """
+    batch, count = valid.shape
+    column = (positions - lengths[:, None]).clamp(min=0, max=count)  # rank of a new entry
+    source = torch.where(valid, rank, count).clamp(max=count)
+    by_rank = torch.zeros((batch, count, count + 1), dtype=torch.bool, device=valid.device)
+    by_rank.scatter_(2, source[:, None, :].expand(-1, count, -1), among_new)
+    new_seen = by_rank.gather(2, column[:, None, :].expand(-1, count, -1))
+    old = (positions >= 0) & (positions < lengths[:, None])
+    return old[:, None, :] | (new_seen & (positions >= lengths[:, None])[:, None, :])
 
 
 @_continue_step.register_fake

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.ops.decoding import choose_eviction, next_protected
-from tgvkv_compile.ops.segments import attend, segment_window
+from tgvkv_compile.ops.segments import attend_segment
 from tgvkv_compile.ops.state import CompactState
 
 
@@ -45,9 +45,8 @@ def append_and_attend(
     key_arena[samples, :, slot] = key[:, :, 0].to(key_arena.dtype)
     value_arena[samples, :, slot] = value[:, :, 0].to(value_arena.dtype)
     slot_position[samples, slot] = lengths.to(slot_position.dtype)
-    window = segment_window(key_arena, value_arena, slot_position, start, length)
-    probabilities, output = attend(query, window, window.positions.ge(0)[:, None, None, :], scale)
-    return output, probabilities[:, :, 0].mean(1), window.positions
+    seen = attend_segment(query, key_arena, value_arena, slot_position, start, length, scale)
+    return seen.output, seen.attention[:, 0], seen.positions
 
 
 def evict(
@@ -105,10 +104,15 @@ def evict(
     protect_from[:, layer] = protected
 
 
-@torch.library.custom_op(
+# Not `torch.library.custom_op`: its wrapper takes longer than the rest of a short step's bookkeeping, in every layer.
+torch.library.define(
     "tgvkv::decode_step",
-    mutates_args=("key_arena", "value_arena", "slot_position", "segment_len", "next_slot", "protect_from"),
+    "(Tensor query, Tensor key, Tensor value, Tensor(a!) key_arena, Tensor(b!) value_arena, Tensor(c!) slot_position, "
+    "Tensor segment_start, Tensor(d!) segment_len, Tensor(e!) next_slot, Tensor(f!) protect_from, Tensor keep_rate, "
+    "Tensor lengths, SymInt layer, float scale, str decode, SymInt sink_tokens) -> Tensor",
 )
+
+
 def _decode_step(
     query: Tensor,
     key: Tensor,
@@ -135,9 +139,14 @@ def _decode_step(
     return output
 
 
-@_decode_step.register_fake
-def _(query: Tensor, *_: object) -> Tensor:
+torch.library.impl("tgvkv::decode_step", "default", _decode_step)
+
+
+def _fake(query: Tensor, *_: object) -> Tensor:
     return torch.empty_like(query, memory_format=torch.contiguous_format)
+
+
+torch.library.register_fake("tgvkv::decode_step", _fake)
 
 
 def decode_step(

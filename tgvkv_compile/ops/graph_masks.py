@@ -23,7 +23,7 @@ def visible(mask: Tensor) -> Tensor:
 
 
 def mask_of_function(
-    function: Callable[..., Tensor], captured: tuple[Any, ...], query: Tensor, key: Tensor, *, per_sample: bool
+    function: Callable[..., Tensor], captured: tuple[Any, ...], query: Tensor, length: int, *, per_sample: bool
 ) -> Tensor:
     """The mask that a mask function of flex attention describes.
 
@@ -31,7 +31,7 @@ def mask_of_function(
         function: `(b, h, q, kv, *captured) -> bool` of scalar indices (True = visible); the same for all heads.
         captured: What it takes besides the indices.
         query: `[B, H, Q, D]`.
-        key: `[B, Hkv, S, D]`.
+        length: S, how many keys.
         per_sample: Whether it depends on the sample `b`.
 
     Returns:
@@ -42,7 +42,7 @@ def mask_of_function(
         return function(b, h, q_idx, kv_idx, *captured)
 
     batch = query.shape[0] if per_sample else 1
-    return create_mask(of_indices, batch, 1, query.shape[2], key.shape[2], device=query.device)
+    return create_mask(of_indices, batch, 1, query.shape[2], length, device=query.device)
 
 
 def valid_columns(mask: Tensor, like: Tensor) -> Tensor:

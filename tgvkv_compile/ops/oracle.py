@@ -71,6 +71,13 @@ class Oracle:
         self._totals = [length] * len(self.kept)
         self._generated = [0] * len(self.kept)
 
+    def hold(self, layers: int, length: int) -> None:
+        """Takes text in that was attended to in full and never evicted: turns before the first with vision."""
+        self.kept = [list(range(length)) for _ in range(layers)]
+        self.rate, self.mass = torch.ones(layers), torch.zeros(layers)
+        self._vision, self._totals = [False] * length, [length] * layers
+        self._protected, self.suffix, self._generated = [[] for _ in range(layers)], [0] * layers, [0] * layers
+
     def attended(self, layer: int) -> list[int]:
         """Positions that the next step of `layer` attends to: all kept, then the new token."""
         return [*self.kept[layer], self._totals[layer]]

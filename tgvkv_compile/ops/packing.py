@@ -126,20 +126,29 @@ class Bookkeeping(NamedTuple):
     protect_from: Tensor
 
 
-def open_segments(keeps: tuple[Tensor, ...], roles: Roles, starts: Tensor) -> Bookkeeping:
+def open_segments(keeps: tuple[Tensor, ...], roles: tuple[Roles, ...], starts: Tensor) -> Bookkeeping:
     """The state of freshly packed segments.
 
     Args:
         keeps: bool `[B, N]` per layer.
-        roles: The roles of the prompt's tokens.
+        roles: Of the `N` tokens, per layer.
         starts: int64 `[B, L]`.
 
     Returns:
         Lengths, next slots and the first protected positions (the first kept token of `R`; algorithm, Decode 3).
     """
     length = torch.stack([keep.sum(1) for keep in keeps], dim=1)
-    first = torch.stack([first_protected(keep, roles) for keep in keeps], dim=1)
-    return Bookkeeping(length, starts + length, first)
+    return Bookkeeping(length, starts + length, protected_from(keeps, roles))
+
+
+def protected_from(keeps: tuple[Tensor, ...], roles: tuple[Roles, ...]) -> Tensor:
+    """`[B, L]` int64: where the protected suffix of each layer begins.
+
+    Args:
+        keeps: bool `[B, N]` per layer.
+        roles: Of the `N` tokens, per layer.
+    """
+    return torch.stack([first_protected(keep, of_layer) for keep, of_layer in zip(keeps, roles, strict=True)], dim=1)
 
 
 def first_protected(keep: Tensor, roles: Roles) -> Tensor:

@@ -20,7 +20,7 @@ _BLOCK_BYTES_ACCELERATOR = 128 << 20
 _MIN_BLOCK_ROWS = 16
 
 
-def attention_probabilities(q: Tensor, k: Tensor, visible: Tensor, scale: float) -> Tensor:
+def attention_probabilities(q: Tensor, k: Tensor, visible: Tensor | None, scale: float) -> Tensor:
     """Softmax attention of each query head, in float32.
 
     Query heads are grouped by their key/value head by reshaping `q`; `k` is never repeated. A row that sees nothing is
@@ -29,16 +29,22 @@ def attention_probabilities(q: Tensor, k: Tensor, visible: Tensor, scale: float)
     Args:
         q: `[B, H, R, D]`, any floating dtype.
         k: `[B, Hkv, S, D]`, any floating dtype; `Hkv` divides `H`.
-        visible: `[B | 1, 1 | H, R, S]` bool, query `r` sees key `s`.
+        visible: `[B | 1, 1 | H, R, S]` bool, query `r` sees key `s`; None: every query sees every key.
         scale: The factor on the logits.
 
     Returns:
         `[B, H, R, S]` float32.
     """
+    return masked_softmax(_logits(q, k, scale), visible)
+
+
+def masked_softmax(logits: Tensor, visible: Tensor | None) -> Tensor:
+    """Softmax over the last dimension of what is visible (None: all of it), 0 elsewhere and in rows that see nothing."""
+    if visible is None:
+        return logits.softmax(-1)
     hidden = ~visible
     # The lowest finite value, not -inf: an empty row softmaxes to something finite, which the second fill zeroes.
-    logits = _logits(q, k, scale).masked_fill(hidden, torch.finfo(torch.float32).min)
-    return logits.softmax(-1).masked_fill(hidden, 0.0)
+    return logits.masked_fill(hidden, torch.finfo(torch.float32).min).softmax(-1).masked_fill(hidden, 0.0)
 
 
 def _logits(q: Tensor, k: Tensor, scale: float) -> Tensor:

@@ -1,49 +1,100 @@
-"""Reading a layer's segment out of the arena, and attention over it. Shared by the decode and continuation ops."""
+"""Attention over a layer's segment of the arena. Shared by the decode and continuation ops."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tgvkv_compile.ops.scoring import attention_probabilities, exact_matmul
+from tgvkv_compile.ops.scoring import attention_probabilities, exact_matmul, masked_softmax
 
 
-class Window(NamedTuple):
-    """A layer's entries in slot order: `key`, `value` `[B, Hkv, W, D]`, `positions` int64 `[B, W]`, -1 where empty."""
+class Attended(NamedTuple):
+    """What queries saw of a segment's `W` slots.
 
-    key: Tensor
-    value: Tensor
+    Attributes:
+        output: `[B, H, Q, D]`, dtype of the query.
+        attention: float32 `[B, Q, W]`, averaged over heads; 0 where empty.
+        positions: int64 `[B, W]`, of the entries, -1 where empty.
+    """
+
+    output: Tensor
+    attention: Tensor
     positions: Tensor
 
 
-def segment_window(key_arena: Tensor, value_arena: Tensor, slot_position: Tensor, start: Tensor, used: Tensor) -> Window:
-    """The first `used` slots from `start`, padded to the longest sample.
+def attend_segment(
+    query: Tensor,
+    key_arena: Tensor,
+    value_arena: Tensor,
+    slot_position: Tensor,
+    start: Tensor,
+    used: Tensor,
+    scale: float,
+    sees: Callable[[Tensor], Tensor] | None = None,
+) -> Attended:
+    """Attention to the first `used` slots from `start`, all of them occupied.
 
-    On the CPU the width is the longest segment (the lengths are at hand). Elsewhere reading them would stall the
-    device, so the width is the whole arena; a fused kernel reads the lengths on the device instead.
+    On the CPU each sample attends to its own slots where they lie: the lengths are at hand, and gathering the segments of a
+    batch into one tensor took as long as all the rest. Elsewhere reading lengths would stall the device, so every sample
+    attends to the whole arena from `start` on, with a mask.
 
     Args:
+        query: `[B, H, Q, D]`.
         key_arena: `[B, Hkv, T, D]`.
         value_arena: `[B, Hkv, T, D]`.
         slot_position: int32 `[B, T]`.
         start: int64 `[B]`.
         used: int64 `[B]`.
+        scale: What `q @ k` is multiplied by.
+        sees: Given positions `[B, W]`, tells which of them each query sees, bool `[B, Q, W]`; all that are occupied by default.
     """
-    slots = key_arena.shape[2]
-    on_cpu = key_arena.device.type == "cpu"
-    width = int(used.max()) if on_cpu else slots
-    if on_cpu and start.shape[0] == 1:
-        first = int(start)
-        part = slice(first, first + width)
-        return Window(key_arena[:, :, part], value_arena[:, :, part], slot_position[:, part].long())
-    index = _slots(start, width, slots)
-    positions = segment_positions(slot_position, start, used, width)
-    wide = index[:, None, :, None].expand(-1, key_arena.shape[1], -1, key_arena.shape[3])
-    return Window(key_arena.gather(2, wide), value_arena.gather(2, wide), positions)
+    if key_arena.device.type != "cpu":
+        width = key_arena.shape[2]
+        positions = segment_positions(slot_position, start, used, width)
+        visible = (positions >= 0)[:, None] if sees is None else sees(positions)
+        index = _slots(start, width, width)[:, None, :, None].expand(-1, key_arena.shape[1], -1, key_arena.shape[3])
+        key, value = key_arena.gather(2, index), value_arena.gather(2, index)
+        output, attention = attend(query, key, value, visible[:, None], scale)
+        return Attended(output, attention, positions)
+    return _attend_apart(query, key_arena, value_arena, slot_position, start, used, scale, sees)
+
+
+def _attend_apart(
+    query: Tensor,
+    key_arena: Tensor,
+    value_arena: Tensor,
+    slot_position: Tensor,
+    start: Tensor,
+    used: Tensor,
+    scale: float,
+    sees: Callable[[Tensor], Tensor] | None,
+) -> Attended:
+    """[`attend_segment`][] sample by sample, on the slots where they lie; only logits are padded to the longest sample."""
+    batch, heads, queries, dim = query.shape
+    kv_heads = key_arena.shape[1]
+    lengths = used.tolist()
+    slots = [slice(first, first + length) for first, length in zip(start.tolist(), lengths, strict=True)]
+    positions = segment_positions(slot_position, start, used, max(lengths))
+    grouped = (query.to(torch.float32) * scale).reshape(batch, kv_heads, heads // kv_heads * queries, dim)
+    logits = grouped.new_full((*grouped.shape[:3], positions.shape[1]), torch.finfo(torch.float32).min)
+    output = torch.empty_like(grouped)
+    with torch.autocast(query.device.type, enabled=False):  # it would round both operands
+        for sample, part in enumerate(slots):
+            key = key_arena[sample, :, part].to(torch.float32)
+            logits[sample, ..., : lengths[sample]] = torch.bmm(grouped[sample], key.transpose(1, 2))
+        probabilities = masked_softmax(
+            logits.view(batch, heads, queries, -1), None if sees is None else sees(positions)[:, None]
+        )
+        shares = probabilities.view(logits.shape)
+        for sample, part in enumerate(slots):
+            value = value_arena[sample, :, part].to(torch.float32)
+            torch.bmm(shares[sample, ..., : lengths[sample]], value, out=output[sample])
+    return Attended(output.view(query.shape).to(query.dtype), probabilities.mean(1), positions)
 
 
 def segment_positions(slot_position: Tensor, start: Tensor, used: Tensor, width: int) -> Tensor:
-    """Positions int64 `[B, width]` of the first `used` slots from `start`, -1 behind them; arguments as of `segment_window`."""
+    """Positions int64 `[B, width]` of the first `used` slots from `start`, -1 behind them; arguments as of `attend_segment`."""
     index = _slots(start, width, slot_position.shape[1])
     offset = torch.arange(width, device=start.device)
     return torch.where(offset < used[:, None], slot_position.gather(1, index).long(), -1)
@@ -54,21 +105,22 @@ def _slots(start: Tensor, width: int, slots: int) -> Tensor:
     return (start[:, None] + torch.arange(width, device=start.device)).clamp(max=slots - 1)
 
 
-def attend(query: Tensor, window: Window, visible: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention over a window, with its probabilities.
+def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention, with what it pays to each key.
 
     Args:
         query: `[B, H, Q, D]`.
-        window: The entries.
-        visible: bool `[B, 1, Q|1, W]`.
+        key: `[B, Hkv, W, D]`.
+        value: `[B, Hkv, W, D]`.
+        visible: bool `[B, 1, Q|1, W]`; None: everything is.
         scale: What `q @ k` is multiplied by.
 
     Returns:
-        `(probabilities float32 [B, H, Q, W], output [B, H, Q, D] of query's dtype)`.
+        `(output [B, H, Q, D] of query's dtype, attention float32 [B, Q, W] averaged over heads)`.
     """
     batch, heads, queries, dim = query.shape
-    kv_heads = window.key.shape[1]
-    probabilities = attention_probabilities(query, window.key, visible, scale)
+    kv_heads = key.shape[1]
+    probabilities = attention_probabilities(query, key, visible, scale)
     grouped = probabilities.reshape(batch, kv_heads, heads // kv_heads * queries, -1)
-    output = exact_matmul(grouped, window.value.float()).reshape(batch, heads, queries, dim)
-    return probabilities, output.to(query.dtype)
+    output = exact_matmul(grouped, value.float()).reshape(batch, heads, queries, dim)
+    return output.to(query.dtype), probabilities.mean(1)

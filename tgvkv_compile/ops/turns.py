@@ -13,7 +13,6 @@ from torch import Tensor
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.ops.budgeting import Allocation, allocate
 from tgvkv_compile.ops.graph_masks import valid_columns, visible_among_new
-from tgvkv_compile.ops.packing import first_protected
 from tgvkv_compile.ops.roles import Roles, token_roles, vision_count
 
 
@@ -37,6 +36,28 @@ def extend_history(history: Tensor, new: Roles) -> Tensor:
     index = torch.where(new.valid, new.positions, scrap)
     room = torch.zeros_like(new.vision[:, :1]).expand(-1, new.vision.shape[1] + 1)
     return torch.cat([history, room], dim=1).scatter(1, index, new.vision)[:, :-1]
+
+
+def whole_past(mask: Tensor | None, past: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What a turn knows of an uncompressed past: all of it is there, and none of it is vision.
+
+    Args:
+        mask: `[B|1, 1|H, Q, S + Q]`, which tells the padding in the past; None: there is none.
+        past: `[B, Hkv, S, D]`.
+
+    Returns:
+        bool `[B, S]`, which positions are vision; int64 `[B]`, tokens; int64 `[B, S]`, the position of each column, -1 for
+        padding.
+    """
+    length = past.shape[2]
+    valid = torch.ones_like(past[:, 0, :, 0], dtype=torch.bool) if mask is None else valid_columns(mask, past)[:, :length]
+    count = valid.to(torch.int64).cumsum(1)
+    return torch.zeros_like(valid), valid.to(torch.int64).sum(1), torch.where(valid, count - 1, -1)
+
+
+def whole_rate(past: Tensor, num_layers: int) -> Tensor:
+    """`[B, L]` float32: nothing is ever evicted of a sample that has seen no vision."""
+    return past.new_ones((past.shape[0], num_layers), dtype=torch.float32)
 
 
 def turn_roles(vision: Tensor, mask: Tensor | None, lengths: Tensor) -> Roles:
@@ -118,17 +139,6 @@ def allocate_again(
     sees = new.vision.any(1, keepdim=True)
     kept = torch.where(sees, torch.minimum(budget.kept, there), there)
     return Allocation(kept, torch.where(sees, budget.rate, keep_rate))
-
-
-def protected_from(keeps: tuple[Tensor, ...], candidates: tuple[Roles, ...]) -> Tensor:
-    """`[B, L]` int64: where the protected suffix of each layer begins.
-
-    Args:
-        keeps: bool `[B, W + Q]` per layer.
-        candidates: Roles per layer.
-    """
-    pairs = zip(keeps, candidates, strict=True)
-    return torch.stack([first_protected(keep, roles) for keep, roles in pairs], dim=1)
 
 
 def join_candidates(survivors: Tensor, new: Tensor) -> Tensor:

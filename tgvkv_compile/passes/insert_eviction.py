@@ -11,12 +11,19 @@ from tgvkv_compile.fx.meta import output_nodes
 from tgvkv_compile.ops import packing
 from tgvkv_compile.ops.retention import retain
 from tgvkv_compile.ops.turns import vision_history
-from tgvkv_compile.passes.inserted import Budgets, Scores
+from tgvkv_compile.passes.inserted import Budgets, LayerCandidates, Scores
 from tgvkv_compile.plan import Plan
 
 
 def insert_eviction(
-    gm: GraphModule, plan: Plan, scores: Scores, budgets: Budgets, config: EvictionConfig, reserve: int, slots: Any
+    gm: GraphModule,
+    plan: Plan,
+    scores: Scores,
+    budgets: Budgets,
+    config: EvictionConfig,
+    reserve: int,
+    slots: Any,
+    capped: tuple[LayerCandidates, ...] | None = None,
 ) -> None:
     """Ranks, packs and returns the compact state in place of the appended KV.
 
@@ -32,7 +39,7 @@ def insert_eviction(
         %tgvkv_starts  : i64[B, L]     = segment_starts(%tgvkv_budgets, %tgvkv_lengths, %tgvkv_room)
         %tgvkv_keep_l  : b8[B, N]      = retain(%tgvkv_score_l, %tgvkv_roles, kept[:, l])
         %tgvkv_arena_l : Arena         = evict_into(%tgvkv_arena_{l-1}, %keys_l, %values_l, %tgvkv_keep_l, ...)
-        %tgvkv_state   : Bookkeeping   = open_segments((%tgvkv_keep_0, ...), %tgvkv_roles, %tgvkv_starts)
+        %tgvkv_state   : Bookkeeping   = open_segments((%tgvkv_keep_0, ...), (%tgvkv_roles, ...), %tgvkv_starts)
         %tgvkv_history : b8[B, N]      = vision_history(%tgvkv_roles)
         return (None, None, ..., %logits, <CompactState>, %tgvkv_history, %tgvkv_room, %tgvkv_valid or None)
 
@@ -48,6 +55,7 @@ def insert_eviction(
         config: The eviction options.
         reserve: Decode steps to leave room for.
         slots: The fake value of the new input, T.
+        capped: From `insert_capping`, in place of each layer's KV, scores and roles; None where it did not run.
     """
     outputs = output_nodes(gm)
     options = dataclasses.asdict(config)
@@ -58,19 +66,24 @@ def insert_eviction(
         rate = call.item(budgets.allocation, 1, "tgvkv_rate")
         positions = call.item(scores.roles, 3, "tgvkv_positions")
         lengths = call.item(scores.roles, 4, "tgvkv_lengths")
-        arena = call(packing.new_arena, plan.sites[0].key.node, slots_node, name="tgvkv_arena")
+        chosen = capped if capped is not None else _all_tokens(plan, scores)
+        arena = call(packing.new_arena, chosen[0].key, slots_node, name="tgvkv_arena")
         shared = (budgets.allocation, lengths)
         room = call(packing.fitting_reserve, *shared, arena, reserve, name="tgvkv_room", **options)
         starts = call(packing.segment_starts, *shared, room, name="tgvkv_starts", **options)
         keeps: list[Node] = []
-        for layer, (site, score) in enumerate(zip(plan.sites, scores.score, strict=True)):
+        for layer, candidates in enumerate(chosen):
             count = call(packing.of_layer, kept, layer, name=f"tgvkv_kept_{layer}")
             start = call(packing.of_layer, starts, layer, name=f"tgvkv_start_{layer}")
-            keep = call(retain, score, scores.roles, count, name=f"tgvkv_keep_{layer}", sink_tokens=config.sink_tokens)
+            ranked = (candidates.score, candidates.roles, count)
+            keep = call(retain, *ranked, name=f"tgvkv_keep_{layer}", sink_tokens=config.sink_tokens)
             keeps.append(keep)
-            kv = (site.key.node, site.value.node)
+            if capped is not None:
+                positions = call.item(candidates.roles, 3, f"tgvkv_positions_{layer}")
+            kv = (candidates.key, candidates.value)
             arena = call(packing.evict_into, arena, *kv, keep, positions, start, name=f"tgvkv_arena_{layer}")
-        opened = call(packing.open_segments, tuple(keeps), scores.roles, starts, name="tgvkv_state")
+        roles = tuple(candidates.roles for candidates in chosen)
+        opened = call(packing.open_segments, tuple(keeps), roles, starts, name="tgvkv_state")
         state = [call.item(arena, index, f"tgvkv_out_{index}") for index in range(3)]
         state.append(starts)
         state += [call.item(opened, index, f"tgvkv_out_{index + 4}") for index in range(3)]
@@ -79,6 +92,11 @@ def insert_eviction(
     for site in plan.sites:
         outputs[site.key.output] = outputs[site.value.output] = None
     gm.graph.output_node().args = ((*outputs, *state, history, room, scores.valid),)
+
+
+def _all_tokens(plan: Plan, scores: Scores) -> tuple[LayerCandidates, ...]:
+    sites = zip(plan.sites, scores.score, strict=True)
+    return tuple(LayerCandidates(site.key.node, site.value.node, score, scores.roles) for site, score in sites)
 
 
 class _Caller:

@@ -8,10 +8,10 @@ from torch.fx import GraphModule, Node
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.fx.insert import insert_call, insert_item
 from tgvkv_compile.fx.meta import output_nodes
-from tgvkv_compile.ops.packing import of_layer
+from tgvkv_compile.ops.packing import of_layer, protected_from
 from tgvkv_compile.ops.retention import retain
 from tgvkv_compile.ops.state import Reselected
-from tgvkv_compile.ops.turns import allocate_again, extend_history, protected_from
+from tgvkv_compile.ops.turns import allocate_again, extend_history
 from tgvkv_compile.passes.cached import drop_pasts
 from tgvkv_compile.passes.insert_scoring import score_layers
 from tgvkv_compile.passes.inserted import Candidates

@@ -50,20 +50,39 @@ def insert_survivors(
         shared: Fake values of the inputs `history`, `lengths` and `keep_rate`.
         survivors: Fake values of the inputs of each layer.
     """
-    assert plan.modality is not None
     pasts = past_inputs(plan)
     history, lengths, keep_rate = (
         insert_placeholder(gm, f"tgvkv_{name}", value)
         for name, value in zip(("history", "lengths", "keep_rate"), shared, strict=True)
     )
     inputs = [_insert_survivors(gm, layer, part) for layer, part in enumerate(survivors)]
+    plan, candidates = insert_candidates(gm, plan, (history, lengths, keep_rate), inputs)
+    return plan, dataclasses.replace(candidates, pasts=pasts)
+
+
+def insert_candidates(
+    gm: GraphModule, plan: Plan, shared: tuple[Node, Node, Node], held: Sequence[tuple[Node, Node, Node]]
+) -> tuple[Plan, Candidates]:
+    """Puts what each layer holds, and the new tokens behind it, in the place of its joined KV.
+
+    Args:
+        gm: The graph.
+        plan: Its plan.
+        shared: `history`, `lengths` and `keep_rate`.
+        held: Of each layer what `Survivors` has.
+
+    Returns:
+        The plan, its sites on the candidates, and the candidates; no past among them.
+    """
+    assert plan.modality is not None
+    history, lengths, keep_rate = shared
     outputs = output_nodes(gm)
     with gm.graph.inserting_before(plan.sites[0].node):
         vision = insert_call(gm, vision_positions, tuple(plan.modality.masks), name="tgvkv_vision")
         new = insert_call(gm, turn_roles, vision, plan.sites[0].mask, lengths, name="tgvkv_new")
     roles: list[Node] = []
     sites: list[AttentionSite] = []
-    for layer, (site, (key, value, positions)) in enumerate(zip(plan.sites, inputs, strict=True)):
+    for layer, (site, (key, value, positions)) in enumerate(zip(plan.sites, held, strict=True)):
         with gm.graph.inserting_before(site.node):
             roles.append(insert_call(gm, candidate_roles, history, positions, new, name=f"tgvkv_roles_{layer}"))
             mask = insert_call(gm, candidate_mask, site.mask, positions, vision, name=f"tgvkv_mask_{layer}")
@@ -76,7 +95,7 @@ def insert_survivors(
         )
         sites.append(dataclasses.replace(site, key=joined[0], value=joined[1], mask=mask, is_causal=False))
     gm.graph.output_node().args = (tuple(outputs),)
-    return dataclasses.replace(plan, sites=tuple(sites)), Candidates(new, tuple(roles), history, keep_rate, pasts)
+    return dataclasses.replace(plan, sites=tuple(sites)), Candidates(new, tuple(roles), history, keep_rate, ())
 
 
 def _insert_survivors(gm: GraphModule, layer: int, survivors: Survivors) -> tuple[Node, Node, Node]:

@@ -16,8 +16,18 @@ class Scores:
 
 
 @dataclasses.dataclass(frozen=True)
+class LayerCandidates:
+    """From `insert_capping`: `key`, `value`, `score` and `roles` of what eviction chooses from in one layer."""
+
+    key: Node
+    value: Node
+    score: Node
+    roles: Node
+
+
+@dataclasses.dataclass(frozen=True)
 class Candidates:
-    """From `insert_survivors`: what a turn with new vision chooses from.
+    """From `insert_survivors` or `insert_whole_past`: what a turn with new vision chooses from.
 
     Attributes:
         new: `Roles` of the new tokens.

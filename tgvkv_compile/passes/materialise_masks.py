@@ -5,8 +5,10 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
+from tgvkv_compile.errors import InternalError
 from tgvkv_compile.fx.insert import insert_call
-from tgvkv_compile.fx.meta import submodule
+from tgvkv_compile.fx.meta import fake_tensor, fake_value, same_size, submodule
+from tgvkv_compile.fx.targets import argument
 from tgvkv_compile.ops.graph_masks import mask_of_function
 from tgvkv_compile.plan import AttentionSite, Plan
 
@@ -21,7 +23,7 @@ def materialise_masks(gm: GraphModule, plan: Plan) -> Plan:
 
     After::
 
-        %tgvkv_mask_l : b8[B|1, 1, Q, S] = mask_of_function(%mask_mod, captured, %q, %keys, per_sample=...)
+        %tgvkv_flex_mask_l : b8[B|1, 1, Q, S] = mask_of_function(%mask_mod, captured, %q, S, per_sample=...)
         %out          : as before; it dies when a later pass replaces it
 
     Requires: a prefill or continuation plan (a decode step attends to all that is kept, and needs no mask). Ensures: no
@@ -33,6 +35,18 @@ def materialise_masks(gm: GraphModule, plan: Plan) -> Plan:
     made: dict[Any, Node] = {}
     sites = tuple(_materialise(gm, site, layer, made) for layer, site in enumerate(plan.sites))
     return dataclasses.replace(plan, sites=sites)
+
+
+def _length(site: AttentionSite) -> Any:
+    """S as the block mask has it, an int or a node; what is behind a handle must not be asked for it."""
+    call = site.node.args[0]
+    assert isinstance(call, Node)
+    length = argument(call, 4, "block_mask")[1]
+    value = fake_value(length) if isinstance(length, Node) else length
+    keys = fake_tensor(site.key.node).shape[2]
+    if not same_size(value, keys):
+        raise InternalError(f"%{call.name} has a block mask of {value} keys, and {keys} keys")
+    return length
 
 
 def _materialise(gm: GraphModule, site: AttentionSite, layer: int, made: dict[Any, Node]) -> AttentionSite:
@@ -51,8 +65,8 @@ def _materialise(gm: GraphModule, site: AttentionSite, layer: int, made: dict[An
                 function,
                 captured,
                 site.query,
-                site.key.node,
-                name=f"tgvkv_mask_{layer}",
+                _length(site),
+                name=f"tgvkv_flex_mask_{layer}",
                 per_sample=bool(batch.users),
             )
     return dataclasses.replace(site, mask=made[key], mask_function=None)

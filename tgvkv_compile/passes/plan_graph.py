@@ -24,7 +24,7 @@ def plan_graph(
     embedding: Node | None,
     tensor_parallel: TensorParallel | None = None,
 ) -> Plan:
-    """Decides between prefill, decode, the two continuations and dense.
+    """Decides between prefill, early or late, decode, the two continuations and dense.
 
     ================  ==========================  =================  ===================
     past of the KV    vision merged in the graph  queries            kind
@@ -38,7 +38,7 @@ def plan_graph(
     handles           no                          more               continuation
     handles           yes                         any                vision_continuation
     no KV append      handles are inputs all the same                miss (it would compute on handles)
-    tensors           yes                         any                miss (a picture on an uncompressed cache)
+    tensors           yes                         any                late_prefill
     tensors           no                          any                dense (the cache is not compressed)
     ================  ==========================  =================  ===================
 
@@ -67,18 +67,22 @@ def plan_graph(
         what = "no KV append in the graph" if not appends else "text-only prompt or uncompressed cache, nothing to evict"
         return Plan("dense", what, sites)
     if modality is not None and not appends and not misses and not compressed:
-        return Plan("dense", "vision is merged, but the graph keeps no KV (use_cache=False)", modality=modality)
+        why = "vision is merged, but the graph keeps no KV (use_cache=False, or another graph holds the decoder)"
+        return Plan("dense", why, modality=modality)
     problems = [*misses, *_disagreements(sites)]
     if not problems and not sites and appends:
         problems.append(_at(appends[0], "no attention reads this KV append"))
     problems += [_unexpected(name) for name in sorted(compressed - pasts)]
-    if modality is not None and pasts and not handles:
-        problems.append(_at(appends[0], "new vision tokens on an uncompressed cache that is in use; start a new cache"))
+    if modality is not None and pasts and any(append.past is None for append in appends):
+        problems.append(_at(appends[0], "some layers of the cache are in use and some are empty"))
     if handles and pasts != handles:
         problems.append(_at(appends[0], "some layers of the cache are compressed and some are not"))
     if problems:
         return Plan("dense", "the decoder cannot be rewritten", sites, modality, tuple(problems))
     split = f"; heads are split over process group {tensor_parallel.group!r}" if tensor_parallel is not None else ""
+    if modality is not None and pasts and not handles:
+        reason = "vision tokens merged, uncompressed cache in use" + split
+        return Plan("late_prefill", reason, sites, modality, tensor_parallel=tensor_parallel)
     if modality is not None and pasts:
         reason = "vision tokens merged, compressed cache" + split
         return Plan("vision_continuation", reason, sites, modality, tensor_parallel=tensor_parallel)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch.fx import Node
 
-GraphKind = Literal["prefill", "decode", "continuation", "vision_continuation", "dense"]
+GraphKind = Literal["prefill", "decode", "continuation", "vision_continuation", "late_prefill", "dense"]
 AttentionForm = Literal["sdpa", "eager", "flex"]
 
 
@@ -104,7 +104,7 @@ class ModalityMask:
 
     Attributes:
         masks: bool `[B, N, 1]` or `[B, N, hidden]`, one per merge (images, video); in the graph, or inputs of it.
-        merges: The `masked_scatter` nodes.
+        merges: The `masked_scatter` (or `where`) nodes, and inputs that hold embeddings which another graph merged.
     """
 
     masks: tuple[Node, ...]
@@ -128,7 +128,8 @@ class Plan:
 
     Attributes:
         kind: `prefill` (vision, empty past), `decode` (one query, compressed past), `continuation` (several queries,
-            compressed past), `vision_continuation` (vision, compressed past) or `dense` (not ours: left as it is).
+            compressed past), `vision_continuation` (vision, compressed past), `late_prefill` (vision, uncompressed
+            past) or `dense` (not ours: left as it is).
         reason: Why, in one sentence.
         sites: The attention sites in layer order.
         modality: The modality mask of a prefill or of a turn with new vision.

@@ -42,6 +42,23 @@ def round_slots(slots: int) -> int:
     return -(-slots // SLOT_STEP) * SLOT_STEP
 
 
+def select_candidates(
+    kv: Sequence[tuple[Tensor, Tensor]],
+    chosen: Sequence[tuple[Tensor, Tensor]],
+    decided: Reselected,
+    reserve: int,
+    config: EvictionConfig,
+) -> CompactState:
+    """Packs the candidates that a turn with new vision keeps; the arguments are those of `CompactCache.reselect`."""
+    kept, rate, lengths = decided.kept, decided.keep_rate, decided.lengths
+    capacity = segment_capacity(kept, rate, lengths, reserve, config=config)
+    start = capacity.cumsum(1) - capacity
+    arena = new_arena(kv[0][0], round_slots(int(capacity.sum(1).max()) + 1))
+    for layer, ((key, value), (keep, positions)) in enumerate(zip(kv, chosen, strict=True)):
+        arena = evict_into(arena, key, value, keep, positions, start[:, layer])
+    return CompactState(*arena, start, kept, start + kept, decided.protect_from, rate, lengths)
+
+
 _Key = tuple[Any, ...]
 """What was asked of a cache: the operation, the logical length it was asked at, its arguments."""
 
@@ -161,13 +178,7 @@ class CompactCache:
             chosen: Per layer which candidates are kept, bool `[B, W + Q]`, and their positions, int64 `[B, W + Q]`.
             decided: The rest.
         """
-        kept, rate, lengths = decided.kept, decided.keep_rate, decided.lengths
-        capacity = segment_capacity(kept, rate, lengths, self.reserve, config=self.config)
-        start = capacity.cumsum(1) - capacity
-        arena = new_arena(kv[0][0], round_slots(int(capacity.sum(1).max()) + 1))
-        for layer, ((key, value), (keep, positions)) in enumerate(zip(kv, chosen, strict=True)):
-            arena = evict_into(arena, key, value, keep, positions, start[:, layer])
-        self.state = CompactState(*arena, start, kept, start + kept, decided.protect_from, rate, lengths)
+        self.state = select_candidates(kv, chosen, decided, self.reserve, self.config)
         self.history = decided.history
         self.logical_length += tokens
         self.room = self.reserve

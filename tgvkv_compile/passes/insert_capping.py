@@ -1,0 +1,46 @@
+"""Insert capping: a layer's KV beyond what it could keep goes before the next layer's comes."""
+
+from torch.fx import GraphModule
+
+from tgvkv_compile.config import EvictionConfig
+from tgvkv_compile.fx.insert import insert_call, insert_item
+from tgvkv_compile.ops.capping import cap_layer
+from tgvkv_compile.passes.inserted import LayerCandidates, Scores
+from tgvkv_compile.plan import Plan
+
+
+def insert_capping(
+    gm: GraphModule, plan: Plan, scores: Scores, config: EvictionConfig, cap: float
+) -> tuple[LayerCandidates, ...]:
+    """Picks each layer's candidates right behind its scores.
+
+    Before::
+
+        %keys_l, %values_l : [B, Hkv, N, D]                    # alive until eviction, after the last layer
+        %tgvkv_scores_l    : (f32[B], f32[B, N])
+
+    After::
+
+        %tgvkv_capped_l : Capped = cap_layer(%keys_l, %values_l, %tgvkv_score_l, %tgvkv_roles, cap, budget, sink_tokens)
+        %tgvkv_capped_key_l, %tgvkv_capped_value_l : [B, Hkv, C, D]
+        %tgvkv_capped_score_l : f32[B, C]
+        %tgvkv_capped_roles_l : Roles
+
+    Requires: `insert_scoring` ran, in a prefill whose budget is of the whole prompt. Ensures: eviction needs no KV of the full
+    length. Exact where no layer is to keep more than `C`, `cap` times the mean budget.
+
+    Returns:
+        What eviction is to choose from, per layer.
+    """
+    found = []
+    for layer, (site, score) in enumerate(zip(plan.sites, scores.score, strict=True)):
+        with gm.graph.inserting_after(score):
+            kv = (site.key.node, site.value.node)
+            options = (cap, config.budget, config.sink_tokens)
+            capped = insert_call(gm, cap_layer, *kv, score, scores.roles, *options, name=f"tgvkv_capped_{layer}")
+        parts = []
+        for index, part in reversed(list(enumerate(("key", "value", "score", "roles")))):
+            with gm.graph.inserting_after(capped):
+                parts.append(insert_item(gm, capped, index, name=f"tgvkv_capped_{part}_{layer}"))
+        found.append(LayerCandidates(*reversed(parts)))
+    return tuple(found)
