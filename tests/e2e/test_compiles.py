@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlavaForConditionalGeneration
 
+from tests.support.counting import of_generate
 from tests.support.models import Shape, make_inputs, make_model
 from tgvkv_compile import tgvkv_backend
 from tgvkv_compile.backend import programs
@@ -23,7 +25,7 @@ class Counts:
         self.lowered = 0
 
     def now(self) -> tuple[dict[str, int], int]:
-        return dict(self.backend.graphs), self.lowered
+        return of_generate(LlavaForConditionalGeneration, self.backend.graphs), self.lowered
 
 
 @pytest.fixture

@@ -435,7 +435,13 @@ FAMILIES: dict[str, Family] = {
     ),
     "vipllava": _family(
         "VipLlava",
-        lambda: config("VipLlava", "llama", "clip_vision_model", image_token_index=IMAGE, vision_feature_layer=[-1]),
+        # The second name is that of transformers 5.17.
+        lambda: config(
+            "VipLlava",
+            "llama",
+            "clip_vision_model",
+            **{"image_token_index": IMAGE, "vision_feature_layer": [-1], "vision_feature_layers": [-1]},
+        ),
         media.square,
     ),
 }

@@ -63,8 +63,21 @@ def fuzz_seed(number: int, count: int, tally: Tally, *, shrink: bool, lowering: 
         one()
     except Finding as finding:
         assert seen.failing is not None
-        return str(finding), seen.failing
+        return _fewest_requests(str(finding), seen.failing, lowering) if shrink else (str(finding), seen.failing)
     return None
+
+
+def _fewest_requests(text: str, case: Case, lowering: str) -> tuple[str, Case]:
+    """The finding with as few of the requests around the failing one as show it; Hypothesis only makes them simple."""
+    for of_length in (lambda count: slice(0, count), lambda count: slice(-count, None)):
+        for count in range(1, len(case.requests)):
+            fewer = dataclasses.replace(case, requests=case.requests[of_length(count)])
+            try:
+                run_case(fewer, Tally(), lowering=lowering)
+            except Finding as finding:
+                text, case = str(finding), fewer
+                break
+    return text, case
 
 
 def case_of(number: int, count: int) -> Case:

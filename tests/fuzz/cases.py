@@ -5,7 +5,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from tests.fuzz.families import FAMILIES, Prompt
+from tests.fuzz.families import FAMILIES, Family, Prompt
 from tgvkv_compile.config import EvictionConfig
 
 
@@ -104,7 +104,7 @@ class Case:
 
 @st.composite
 def configs(draw: st.DrawFn) -> EvictionConfig:
-    budgets = st.one_of(st.sampled_from([0.2, 0.5, 0.1]), st.floats(0.02, 1.0), st.integers(1, 60))
+    budgets = st.one_of(st.sampled_from([0.2, 0.5, 0.1, 1.0]), st.floats(0.02, 1.0), st.integers(1, 60))
     return EvictionConfig(
         budget=draw(budgets),
         budget_of=draw(st.sampled_from(["all", "vision"])),
@@ -119,9 +119,11 @@ _turns = st.builds(Turn, st.integers(2, 7), st.sampled_from([(0,), (0,), (0, 1),
 )
 
 
-def _actions(style: Style) -> st.SearchStrategy[tuple[Any, ...]]:
+def _actions(style: Style, family: Family) -> st.SearchStrategy[tuple[Any, ...]]:
     decode = st.builds(Decode, st.integers(1, 6))
-    simple = [decode, _turns, st.builds(Crop, st.integers(1, 12))]
+    simple = [decode, _turns]
+    if family.crops:
+        simple.append(st.builds(Crop, st.integers(1, 12)))
     if style.batch > 1 or style.regroup:
         indices = st.lists(st.integers(0, 3), min_size=1 if style.regroup else 2, max_size=4).map(tuple)
         simple.append(st.builds(Select, indices, st.sampled_from(["reorder", "list", "tensor", "repeat"])))
@@ -130,9 +132,9 @@ def _actions(style: Style) -> st.SearchStrategy[tuple[Any, ...]]:
 
 
 @st.composite
-def styles(draw: st.DrawFn, max_images: int) -> Style:
-    batch, images = draw(st.sampled_from([1, 4, 4])), draw(st.integers(1, max_images))
-    if draw(st.integers(0, 5)) == 5:
+def styles(draw: st.DrawFn, family: Family) -> Style:
+    batch, images = draw(st.sampled_from([1, 4, 4])), draw(st.integers(1, family.max_images))
+    if family.generates and draw(st.integers(0, 5)) == 5:
         return Style(batch=batch, images=images, generate=True)
     return Style(
         batch=batch,
@@ -160,13 +162,13 @@ def prompts(draw: st.DrawFn, style: Style) -> tuple[Prompt, ...]:
 
 
 @st.composite
-def requests(draw: st.DrawFn, style: Style) -> Request:
+def requests(draw: st.DrawFn, style: Style, family: Family) -> Request:
     return Request(
         prompts=draw(prompts(style)),
         seed=draw(st.integers(0, 100_000)),
         weights=draw(st.integers(0, 100_000)),
         beams=draw(st.sampled_from([1, 2, 3])) if style.generate else 1,
-        actions=() if style.generate else draw(_actions(style)),
+        actions=() if style.generate else draw(_actions(style, family)),
     )
 
 
@@ -175,7 +177,7 @@ def cases(draw: st.DrawFn, count: int) -> Case:
     """A case of `count` requests; the shrinker takes fewer."""
     name = draw(st.sampled_from(sorted(FAMILIES)))
     family = FAMILIES[name]
-    style = draw(styles(family.max_images))
+    style = draw(styles(family))
     fewer = [number for number in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32) if number < count]
     wanted = draw(st.sampled_from([*fewer, *[count] * 99]))
     return Case(
@@ -184,5 +186,5 @@ def cases(draw: st.DrawFn, count: int) -> Case:
         config=draw(configs()),
         reserve=draw(st.sampled_from([1, 2, 3, 5, 64])),
         style=style,
-        requests=tuple(draw(requests(style)) for _ in range(wanted)),
+        requests=tuple(draw(requests(style, family)) for _ in range(wanted)),
     )

@@ -196,7 +196,7 @@ class _Runner:
         plain = bool(live.mask.all())
         if self._style.give_mask or not plain:
             given["attention_mask"] = live.mask
-        if self._family.gives_positions and (self._style.give_positions or not plain):
+        if self._family.needs_positions or self._style.give_positions or not plain:
             given["position_ids"] = positions_of(live.mask)[:, -given["input_ids"].shape[1] :]
         if self._style.dynamic:
             for value in given.values():

@@ -1,6 +1,7 @@
 """The model families that the fuzzer draws from: one entry a family, everything else is drawn alike for all of them."""
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +12,8 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from tests.families import family as tiny
+from tests.families.table import FAMILIES as TINY
 from tests.support.models import IMAGE, Shape, make_inputs, make_model
 
 Prompt = tuple[int, ...]
@@ -31,17 +34,22 @@ class Family:
         encode: `(model, inputs)` to what the model takes in place of pictures when they are encoded beforehand, as
             `generate` does; None where it cannot.
         max_images: Most images of a batch.
-        gives_positions: Position ids of a text model may be passed (`generate` does).
+        needs_positions: Position ids are always passed: the model's own have three rows, which tell rows and columns of
+            pictures apart, and the reference counts tokens.
+        generates: Whether `generate` may be called: it makes such positions itself.
+        crops: Whether `crop` may be called: sliding-window layers have dropped what it would need.
     """
 
     shapes: st.SearchStrategy[Any]
     make_model: Callable[[Any, int], Any]
     make_inputs: Callable[[Any, Sequence[Prompt], int], dict[str, Tensor]]
-    image_token: int
+    image_token: int | tuple[int, ...]
     encode: Callable[[Any, dict[str, Tensor]], dict[str, Any]] | None = None
     text_tokens: tuple[int, int] = (3, 88)
     max_images: int = 4
-    gives_positions: bool = True
+    needs_positions: bool = False
+    generates: bool = True
+    crops: bool = True
 
 
 @st.composite
@@ -63,6 +71,42 @@ def _encode_llava(model: Any, inputs: dict[str, Tensor]) -> dict[str, Any]:
     return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=[features])}}
 
 
+@dataclasses.dataclass(frozen=True)
+class Tiny:
+    """One of the models of `tests.families`; it has one shape."""
+
+    name: str
+    attention: str = "sdpa"
+
+
+def _tiny_model(shape: Tiny, seed: int) -> Any:
+    model = tiny.make_model(dataclasses.replace(TINY[shape.name], seed=seed))
+    model.set_attn_implementation(shape.attention)
+    return model
+
+
+_counting = functools.cache(_tiny_model)  # one that is asked how many tokens a picture becomes
+
+
+def _tiny_inputs(shape: Tiny, prompts: Sequence[Prompt], seed: int) -> dict[str, Tensor]:
+    """As `tests.support.models.make_inputs`: texts, with a picture between each two."""
+    spelt = tuple(tuple(part for text in prompt for part in ("image", text))[1:] for prompt in prompts)
+    return tiny.make_inputs(TINY[shape.name], _counting(Tiny(shape.name), 0), spelt, seed=seed)
+
+
+def _tiny(name: str, **differing: Any) -> Family:
+    return Family(
+        shapes=st.builds(Tiny, st.just(name), st.sampled_from(["sdpa", "sdpa", "eager"])),
+        make_model=_tiny_model,
+        make_inputs=_tiny_inputs,
+        image_token=(tiny.IMAGE, tiny.VIDEO),
+        text_tokens=(tiny.FIRST_TEXT, tiny.LAST_TEXT),
+        max_images=3,
+        **differing,
+    )
+
+
+_ROWS = {"needs_positions": True, "generates": False}
 _ENCODED = "mm_encoder_outputs" in inspect.signature(LlavaForConditionalGeneration.forward).parameters  # since 5.23
 
 FAMILIES: dict[str, Family] = {
@@ -73,4 +117,15 @@ FAMILIES: dict[str, Family] = {
         image_token=IMAGE,
         encode=_encode_llava if _ENCODED else None,
     ),
+    "gemma3": _tiny("gemma3", crops=False),
+    "glm4v": _tiny("glm4v", **_ROWS),
+    "idefics3": _tiny("idefics3"),
+    "internvl": _tiny("internvl"),
+    "llava_next": _tiny("llava_next"),
+    "llava_onevision": _tiny("llava_onevision"),
+    "mistral3": _tiny("mistral3"),
+    "paligemma": _tiny("paligemma"),
+    "qwen2_5_vl": _tiny("qwen2_5_vl", **_ROWS),
+    "qwen3_vl": _tiny("qwen3_vl", **_ROWS),
+    "smolvlm": _tiny("smolvlm"),
 }

@@ -1,13 +1,13 @@
 """That the fuzzer runs, draws the same case from the same seed, and finds what is wrong."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
-from tests.fuzz.__main__ import case_of
+from tests.fuzz import __main__ as fuzzer
+from tests.fuzz.__main__ import case_of, fuzz_seed
 from tests.fuzz.cases import Case, Copy, Crop, Decode, Request, Select, Style, Turn
 from tests.fuzz.check import Finding, Tally, run_case
+from tests.fuzz.families import Tiny
 from tests.support.models import Shape
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.ops import decode_step
@@ -25,14 +25,6 @@ EVERYTHING = Request(
     ),
 )
 CASE = Case("llava", Shape(layers=2, heads=2, kv_heads=1), EvictionConfig(0.3), 1, Style(images=2), (EVERYTHING,))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_a_seed_is_a_case() -> None:
@@ -58,3 +50,26 @@ def test_a_wrong_eviction_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode_step, "choose_eviction", largest)
     with pytest.raises(Finding, match=r"request 0, .*action 0 \(Decode\(steps=2\)\), step \d: .*sample \d"):
         run_case(CASE, Tally())
+
+
+def test_a_family_of_its_own_is_compared() -> None:
+    """Three rows of positions, and a vision tower that the model's own call runs."""
+    tally = Tally()
+    run_case(Case("qwen2_5_vl", Tiny("qwen2_5_vl"), EvictionConfig(0.3), 1, Style(images=3), (EVERYTHING,)), tally)
+    assert tally.calls == 10 and tally.undecided < tally.samples / 2
+
+
+def test_a_finding_is_shrunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left of a case is what shows the fault: here, a turn of at least three tokens."""
+
+    def fails(case: Case, tally: Tally, *, lowering: str) -> None:
+        if any(isinstance(action, Turn) and action.tokens >= 3 for request in case.requests for action in request.actions):
+            raise Finding("planted")
+
+    monkeypatch.setattr(fuzzer, "run_case", fails)
+    found = fuzz_seed(1, 4, Tally(), shrink=True, lowering="eager")
+    assert found is not None
+    text, case = found
+    assert text == "planted"
+    (request,) = case.requests
+    assert request.actions == (Turn(3),)

@@ -24,7 +24,7 @@ from tests.passes.decoder import (
     rewritten,
     tokens,
 )
-from tgvkv_compile.backend.programs import _address
+from tgvkv_compile.backend.programs import address_of
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.pipeline import find_all, plan_of
 from tgvkv_compile.plan import Miss, TensorParallel
@@ -182,7 +182,7 @@ def test_a_sharded_query_weight_without_a_sum_is_a_miss(mesh: DeviceMesh) -> Non
 
 def test_a_shard_is_known_by_its_own_address(mesh: DeviceMesh) -> None:
     local = torch.ones(3)
-    assert _address(DTensor.from_local(local, mesh, [Shard(0)], run_check=False)) == _address(local) == local.data_ptr()
+    assert address_of(DTensor.from_local(local, mesh, [Shard(0)], run_check=False)) == address_of(local) == local.data_ptr()
 
 
 def test_what_is_inserted() -> None:
