@@ -66,14 +66,14 @@ def make_model(family: Family) -> Any:
     sharpness = 0.8 + 1.6 * torch.rand(16, generator=generator)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
-            _fill(name, parameter, sharpness, generator)
+            fill(name, parameter, sharpness, generator)
     model.requires_grad_(False)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD
     return model
 
 
-def _fill(name: str, parameter: Tensor, sharpness: Tensor, generator: torch.Generator) -> None:
+def fill(name: str, parameter: Tensor, sharpness: Tensor, generator: torch.Generator) -> None:
     layer = _decoder_layer(name)
     sharp = float(sharpness[layer].sqrt()) if layer is not None else 1.0
     if parameter.dim() > 1:

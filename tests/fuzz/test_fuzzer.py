@@ -59,6 +59,33 @@ def test_a_family_of_its_own_is_compared() -> None:
     assert tally.calls == 10 and tally.undecided < tally.samples / 2
 
 
+FOUND = [
+    # crop takes the only entry of a short sample back: its segments had no slot for the token after the next one
+    Case(
+        "llava",
+        Shape(layers=2),
+        EvictionConfig(0.44, budgeting="uniform", decode="fixed", sink_tokens=0),
+        3,
+        Style(images=1, give_mask=False),
+        (Request(prompts=((5, 0), (2,)), seed=892, weights=205, actions=(Crop(28), Decode(3))),),
+    ),
+    # the model says a placeholder itself, which the reference took for a picture
+    Case(
+        "llava_onevision",
+        Tiny("llava_onevision", attention="eager"),
+        EvictionConfig(25, budgeting="waterfill", decode="fixed", sink_tokens=7),
+        3,
+        Style(batch=4, images=3, generate=True),
+        (Request(prompts=((4,), (1,), (2,)), seed=7142, weights=7691),),
+    ),
+]
+
+
+@pytest.mark.parametrize("case", FOUND)
+def test_what_was_found_once(case: Case) -> None:
+    run_case(case, Tally())
+
+
 def test_a_finding_is_shrunk(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is left of a case is what shows the fault: here, a turn of at least three tokens."""
 

@@ -102,8 +102,8 @@ class Session:
         if first:
             self._evicted = [index for index, layer in enumerate(cache.layers) if type(layer) is DynamicLayer]
             self._prefill(torch.isin(tokens, self._image_token))
-        elif self.dense and bool((vision := torch.isin(tokens, self._image_token)).any()):
-            self._first_vision(vision)
+        elif self.dense and count > 1 and bool((vision := torch.isin(tokens, self._image_token)).any()):
+            self._first_vision(vision)  # a placeholder that the model says itself is text
         elif not self.dense and count == 1:
             self._decode()
         elif not self.dense:

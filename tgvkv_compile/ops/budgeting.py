@@ -222,7 +222,8 @@ def segment_capacity(
     `kept`, `x` for `(N + G) * r`. A step that could evict but need not leaves at most `floor(x) + 1` entries; one that
     evicts leaves as many as there were. A step that finds nothing evictable has only sinks and protected entries:
     at most `sink + P` of them, where the `P` protected entries are among the `n`. So lengths stay within
-    `max(n + sink, floor(x) + 1)`; `n + sink` is reached where the suffix covers the sinks (a prompt without vision).
+    `max(n + sink, floor(x) + 1)`; `n + sink` is reached where the suffix covers the sinks (a prompt without vision). A
+    segment that `crop` has emptied counts as one entry: the suffix is never empty, so the next token is protected.
 
     Args:
         kept: `[B, L]` int64, entries now, all protected ones included.
@@ -238,7 +239,7 @@ def segment_capacity(
     all_kept = kept + (total - lengths.unsqueeze(1))
     if config.decode == "keep":
         return all_kept
-    longest = kept + config.sink_tokens
+    longest = kept.clamp(min=1) + config.sink_tokens
     if config.decode == "fixed":
         return torch.where(rate == 1.0, all_kept, torch.minimum(all_kept, longest + 1))
     allowed = (total.to(torch.float32) * rate).to(torch.int64) + 1
