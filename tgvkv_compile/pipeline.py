@@ -315,6 +315,7 @@ def copy_graph(gm: GraphModule) -> GraphModule:
 def fake_state(rewrite: Rewrite) -> CompactState:
     """Fake tensors of a compact state of the rewritten graph's shapes; the arena's size is symbolic."""
     key = fake_tensor(rewrite.plan.sites[0].key.node)
+    value = fake_tensor(rewrite.plan.sites[0].value.node)
     batch, heads, _, dim = key.shape
     layers, device = rewrite.plan.num_layers, key.device
     env = rewrite.environment
@@ -323,7 +324,7 @@ def fake_state(rewrite: Rewrite) -> CompactState:
     per_layer = (batch, layers)
     return CompactState(
         env.tensor(arena, key.dtype, device),
-        env.tensor(arena, key.dtype, device),
+        env.tensor(arena, value.dtype, device),
         env.tensor((batch, slots), torch.int32, device),
         env.tensor(per_layer, torch.int64, device),
         env.tensor(per_layer, torch.int64, device),
@@ -337,10 +338,10 @@ def fake_state(rewrite: Rewrite) -> CompactState:
 def _fake_survivors(rewrite: Rewrite) -> tuple[tuple[Tensor, ...], list[Survivors]]:
     """Fake inputs of a turn with new vision: what all layers share, and every layer's survivors, each of its own width."""
     env, layers = rewrite.environment, rewrite.plan.num_layers
-    append = rewrite.plan.sites[0].key
-    assert append.past is not None
-    past = fake_tensor(append.past)
-    (batch, heads, length, dim), dtype, device = past.shape, past.dtype, past.device
+    site = rewrite.plan.sites[0]
+    assert site.key.past is not None and site.value.past is not None
+    pasts = fake_tensor(site.key.past), fake_tensor(site.value.past)
+    (batch, heads, length, dim), device = pasts[0].shape, pasts[0].device
     shared = (
         env.tensor((batch, length), torch.bool, device),
         env.tensor((batch,), torch.int64, device),
@@ -349,6 +350,6 @@ def _fake_survivors(rewrite: Rewrite) -> tuple[tuple[Tensor, ...], list[Survivor
     survivors = []
     for layer in range(layers):
         width = env.symbol(f"tgvkv_width_{layer}", max(2, rewrite.arena_slots // layers))
-        key, value = (env.tensor((batch, heads, width, dim), dtype, device) for _ in range(2))
+        key, value = (env.tensor((batch, heads, width, dim), past.dtype, device) for past in pasts)
         survivors.append(Survivors(key, value, env.tensor((batch, width), torch.int64, device)))
     return shared, survivors

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tests.support.models import IMAGE, Shape, make_inputs, make_model
 from tests.support.reference import reference
 from tests.support.running import kept_of
-from tgvkv_compile import inspect_cache, tgvkv_backend
+from tgvkv_compile import explain, inspect_cache, tgvkv_backend
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.errors import ForeignCacheError, PaddingError, SplitDecoderError
 from tgvkv_compile.passes import insert_scoring
@@ -72,8 +73,25 @@ def test_autocast() -> None:
         assert (compiled - wanted).norm() <= 2 * (dense - wanted).norm() + 1e-3
         if not torch.equal(compiled.argmax(-1), wanted.argmax(-1)) or not torch.equal(dense.argmax(-1), wanted.argmax(-1)):
             break  # from here on the tokens that were put in may differ
-    report = inspect_cache(small.past_key_values)
+    report = inspect_cache(small)
     assert report.compressed and int(report.segment_lengths.sum()) < 0.6 * SHAPE.layers * report.logical_length
+
+
+def test_the_newer_name_of_the_cache() -> None:
+    """transformers 5.24 calls `past_key_values` `cache`; both work where the model takes both."""
+    if not hasattr(CausalLMOutputWithPast(), "cache"):
+        pytest.skip("this transformers knows the cache as past_key_values only")
+    model, inputs = compiled_model(), make_inputs(PROMPT)
+    whole = generate(model, inputs)
+    output = model(**inputs, use_cache=True)
+    for step in range(STEPS):
+        token = output.logits[:, -1:].argmax(-1)
+        assert torch.equal(token, whole.sequences[:, step - STEPS - 1][:, None])
+        later = explain(model, {"input_ids": token, "cache": output.cache, "use_cache": True}, BUDGET, growth_reserve=3)
+        assert [graph.kind for graph in later.graphs if graph.kind != "dense"] == ["decode"]
+        with torch.no_grad():
+            output = model(input_ids=token, cache=output.cache, use_cache=True)
+    assert kept_of(output.cache) == kept_of(whole)
 
 
 def test_a_device_map_of_one_device() -> None:

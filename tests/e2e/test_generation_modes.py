@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import TextIteratorStreamer, TextStreamer
 
@@ -81,6 +82,9 @@ def test_several_sequences_per_prompt(compiled: Any) -> None:
 def test_chunked_prefill(compiled: Any) -> None:
     """The first chunk holds the picture; the rest is a text that joins, as in a next turn."""
     inputs, chunk = make_inputs(SINGLE), 25
+    stock = make_model(SHAPE)
+    if not torch.equal(generate(stock, inputs).sequences, generate(stock, inputs, prefill_chunk_size=chunk).sequences):
+        pytest.skip(f"transformers {transformers.__version__} loses the picture of a chunked prefill, uncompiled too")
     output = generate(compiled, inputs, prefill_chunk_size=chunk)
     first = {name: value if name == "pixel_values" else value[:, :chunk] for name, value in inputs.items()}
     prompt = reference(make_model(SHAPE), first, 0, config=EvictionConfig(BUDGET), image_token=IMAGE)

@@ -37,6 +37,8 @@ def recorded(what: str) -> list[str]:
 
 def skip_what_fails_alone(name: str, kind: Kind = "image") -> None:
     """Skips a family of `FAIL_ALONE` if the uncompiled model fails with these inputs, too."""
+    if name == "aria" and torch.__version__ < "2.12" and transformers.__version__ < "5.18":
+        pytest.skip("torch 2.11 cannot trace how aria of transformers 5.17 slices by expert: refused, as a split decoder")
     if name not in FAIL_ALONE[kind]:
         return
     family = FAMILIES[name]

@@ -98,7 +98,7 @@ def test_golden() -> None:
 %tgvkv_rate : f32[1, 1] = getitem(%tgvkv_budgets, 1)
 %tgvkv_positions : i64[1, 19] = getitem(%tgvkv_roles, 3)
 %tgvkv_lengths : i64[1] = getitem(%tgvkv_roles, 4)
-%tgvkv_arena : Arena = new_arena(%keys, %tgvkv_slots)
+%tgvkv_arena : Arena = new_arena(%keys, %values, %tgvkv_slots)
 %tgvkv_room : i64[] = fitting_reserve(%tgvkv_budgets, %tgvkv_lengths, %tgvkv_arena, 4, budget=0.4, budget_of='all', budgeting='tvb', decode='ratio', sink_tokens=4)
 %tgvkv_starts : i64[1, 1] = segment_starts(%tgvkv_budgets, %tgvkv_lengths, %tgvkv_room, budget=0.4, budget_of='all', budgeting='tvb', decode='ratio', sink_tokens=4)
 %tgvkv_kept_0 : i64[1] = of_layer(%tgvkv_kept, 0)

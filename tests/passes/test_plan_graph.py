@@ -148,6 +148,24 @@ def test_layers_that_differ_are_a_miss() -> None:
     assert all("differ between layers" in miss.reason and "(2, 4, torch.float32" in miss.reason for miss in plan.misses)
 
 
+class _NarrowValues(Layer):
+    """Half as many numbers in a value as in a key."""
+
+    def store(self, past: tuple[torch.Tensor, torch.Tensor], k: torch.Tensor, v: torch.Tensor) -> Any:
+        half = v.shape[3] // 2
+        return torch.cat([past[0], k], dim=-2), torch.cat([past[1][..., :half], v[..., :half]], dim=-2)
+
+
+def _widened(*call: Any) -> torch.Tensor:
+    return flag(*call).repeat(1, 1, 1, 2)
+
+
+def test_values_of_another_head_dim_than_the_keys_are_a_miss() -> None:
+    plan, _ = planned(Decoder(_widened, kind=_NarrowValues), tokens(), features())
+    assert plan.kind == "dense" and len(plan.misses) == 2
+    assert all("its head dim is 2, the keys' is 4" in miss.reason for miss in plan.misses)
+
+
 class _Moving(Layer):
     """On another device than its input; what it computes comes back."""
 

@@ -27,7 +27,6 @@ def flags() -> dict[str, Any]:
       deepstack's boolean indexing break the graph otherwise.
     - `recompile_limit` and `accumulated_recompile_limit`, raised to at least 256: all models of a process share one
       counter, and past the limit dynamo runs eager.
-    - `ignore_logging_functions`: flex attention's `create_block_mask` calls `warnings.warn`, which breaks the graph.
     - `fail_on_recompile_limit_hit`: reaching the limit raises instead of running eager, silently and uncompressed.
     """
     config = torch._dynamo.config
@@ -36,7 +35,6 @@ def flags() -> dict[str, Any]:
         "capture_dynamic_output_shape_ops": True,
         "recompile_limit": max(config.recompile_limit, RECOMPILE_LIMIT),
         "accumulated_recompile_limit": max(config.accumulated_recompile_limit, RECOMPILE_LIMIT),
-        "ignore_logging_functions": {*config.ignore_logging_functions, warnings.warn},
         "fail_on_recompile_limit_hit": True,
     }
 
@@ -66,6 +64,7 @@ def _adjust() -> None:
     """What no flag does. It stays: dynamo knows no way back, and it changes no result."""
     keep_mutations_after_subgraphs()
     keep_uncompiled()
+    _never_warn()
     masks = sys.modules.get("transformers.masking_utils")  # where it is not loaded, there is no model to compile yet
     fast_all = getattr(masks, "fast_all", None)
     if fast_all is not None:
@@ -81,6 +80,15 @@ def configured() -> Iterator[None]:
             if chosen:
                 stack.enter_context(config.patch(chosen))
         yield
+
+
+@functools.cache
+def _never_warn() -> None:
+    """Flex attention's `create_block_mask` calls `warnings.warn`, which breaks the graph: traced code does not warn.
+
+    The flag `ignore_logging_functions` says the same, but torch 2.11 cannot log its flags while a builtin is among them.
+    """
+    torch.compiler.substitute_in_graph(warnings.warn, skip_signature_check=True)(lambda *_, **__: None)
 
 
 @functools.cache

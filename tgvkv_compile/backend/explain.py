@@ -23,6 +23,9 @@ from tgvkv_compile.pipeline import find_all, plan_found, rewrite_graph, with_vis
 from tgvkv_compile.plan import AttentionSite, GraphKind, Miss, Plan
 from tgvkv_compile.runtime.logical import LogicalKV
 
+_CACHES = ("cache", "past_key_values")
+"""What transformers calls the KV cache of a call, since 5.24 and before."""
+
 _LATER: dict[GraphKind, str] = {
     "decode": "append one token to the compressed cache, and evict at most one entry per layer",
     "continuation": "append a later turn to the compressed cache: all its tokens are kept, nothing is evicted",
@@ -165,8 +168,8 @@ def explain(model: torch.nn.Module, inputs: Mapping[str, Any], budget: float | i
     """Runs a model's forward once, uncompiled, and tells what the backend would find, miss and do.
 
     The model stays as it is, compiled or not, and so do dynamo's flags: with `configure_dynamo=True` (the default) they are
-    set for the run only; what `backend.dynamo` changes in dynamo besides its flags stays. So does a `past_key_values` among
-    the inputs; a compressed one tells what a later turn would do.
+    set for the run only; what `backend.dynamo` changes in dynamo besides its flags stays. So does a `cache`
+    (`past_key_values` until transformers 5.23) among the inputs; a compressed one tells what a later turn would do.
 
     Args:
         model: A transformers vision-language model; it may be compiled.
@@ -182,8 +185,7 @@ def explain(model: torch.nn.Module, inputs: Mapping[str, Any], budget: float | i
     model = getattr(model, "_orig_mod", model)  # wrapped by torch.compile(model)
     if not isinstance(model, torch.nn.Module):
         raise ConfigError(f"model is a {type(model).__name__}; give a torch.nn.Module, such as a transformers model")
-    if inputs.get("past_key_values") is not None:
-        inputs = {**inputs, "past_key_values": copy.deepcopy(inputs["past_key_values"])}
+    inputs = {name: copy.deepcopy(value) if name in _CACHES else value for name, value in inputs.items()}
     finder = _Finder(record)
     with torch.no_grad(), dynamo.configured() if record.configure_dynamo else contextlib.nullcontext():
         dynamo.compile_apart(model._call_impl, finder)(**inputs)
@@ -277,9 +279,9 @@ def _capacity(gm: GraphModule, inputs: list[Any], plan: Plan, options: BackendOp
         stop_after="extract_vision_count",
     )
     slots = slots_of_example(rewrite, inputs=inputs)
-    key = fake_tensor(plan.sites[0].key.node)
+    key, value = fake_tensor(plan.sites[0].key.node), fake_tensor(plan.sites[0].value.node)
     batch, heads, length, dim = (int(size) for size in key.shape)
-    entry = 2 * heads * dim * key.element_size()
+    entry = heads * dim * (key.element_size() + value.element_size())
     layers = plan.num_layers
     vision = fewest_vision(rewrite.vision_count, inputs)
     return Capacity(

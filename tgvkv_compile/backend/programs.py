@@ -248,7 +248,7 @@ class CachedProgram:
             if handle.shape[2] != compact.logical_length:
                 raise StaleCacheError(
                     f"stale KV cache: it has {handle.shape[2]} tokens, but {compact.logical_length} have been put into it "
-                    "since; a compressed cache is updated in place, so copy.deepcopy(past_key_values) before branching off"
+                    "since; a compressed cache is updated in place, so copy.deepcopy(cache) before branching off"
                 )
         self._check_owner(compact, inputs)
         compact.usable()

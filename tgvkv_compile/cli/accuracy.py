@@ -137,7 +137,7 @@ def measure(model: Any, processor: Any, batches: Sequence[Batch], advance: Calla
                 max_new_tokens=batch.new_tokens,
                 return_dict_in_generate=True,
             )
-        report = inspect_cache(result.past_key_values)
+        report = inspect_cache(result)
         share = len(batch.questions) / report.batch_size
         for index, count in enumerate((report.physical_bytes, report.logical_bytes, report.reserve_bytes)):
             held[index] += round(count * share)

@@ -46,7 +46,7 @@ def answer(
             return_dict_in_generate=True,
         )
     typer.echo()
-    typer.echo("\n".join(cache_lines(inspect_cache(result.past_key_values))))
+    typer.echo("\n".join(cache_lines(inspect_cache(result))))
 
 
 def explanation(

@@ -76,7 +76,7 @@ def show(
     result = _ask(model, inputs)
     first_seconds = time.perf_counter() - begun
     step = median_step(model, inputs, TIMED_STEPS)
-    prompt = inspect_cache(_ask(model, inputs, 1).past_key_values)
+    prompt = inspect_cache(_ask(model, inputs, 1))
     ids = inputs["input_ids"][0]
     vision = (ids == model.config.image_token_id).nonzero().flatten().tolist()
     length = len(ids)
@@ -99,8 +99,8 @@ def show(
     )
     return Showcase(
         scene=scene,
-        report=inspect_cache(result.past_key_values),
-        full_report=inspect_cache(full.past_key_values),
+        report=inspect_cache(result),
+        full_report=inspect_cache(full),
         first_seconds=first_seconds,
         step_ms=1000 * step,
         full_step_ms=1000 * full_step,

@@ -104,7 +104,12 @@ def _patches(mode: CompileMode | None, options: dict[str, Any] | None) -> dict[s
 
 
 def _inductor(gm: GraphModule, inputs: list[Any], patches: dict[str, Any]) -> Callable[..., Any]:
-    return torch._inductor.compile(gm, inputs, options=patches or None)  # type: ignore[no-any-return]
+    return torch._inductor.compile(gm, inputs, options={**_WORKAROUNDS, **patches} or None)  # type: ignore[no-any-return]
+
+
+_WORKAROUNDS = {} if torch.__version__ >= "2.13" else {"assert_indirect_indexing": False}
+"""Inductor options that the same takes on older releases: on CPUs torch 2.11 writes the bounds check of the padding mask's
+index before the index."""
 
 
 def _aot_eager(gm: GraphModule, inputs: list[Any], _patches: dict[str, Any]) -> Callable[..., Any]:

@@ -26,8 +26,8 @@ def scaled_dot_product_attention_with_lse(
         `(output [B, H, Q, D], lse float32 [B, H, Q] or None)`.
     """
     groups = query.shape[1] // key.shape[1]
-    flash = query.device.type == "cpu" and query.dtype in _FLASH_CPU_DTYPES and query.shape[3] == value.shape[3]
-    if not flash:
+    alike = query.dtype == key.dtype == value.dtype and query.shape[3] == value.shape[3]
+    if not alike or query.device.type != "cpu" or query.dtype not in _FLASH_CPU_DTYPES:
         output = torch.nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=groups != 1
         )

@@ -37,12 +37,12 @@ def of_layer(values: Tensor, layer: int) -> Tensor:
     return values[:, layer]
 
 
-def new_arena(key: Tensor, slots: int | torch.SymInt) -> Arena:
-    """An empty arena for keys and values like `key` `[B, Hkv, N, D]`, of `slots` slots."""
+def new_arena(key: Tensor, value: Tensor, slots: int | torch.SymInt) -> Arena:
+    """An empty arena of `slots` slots for keys like `key` and values like `value`, both `[B, Hkv, N, D]`."""
     batch, heads, _, dim = key.shape
     return Arena(
         key.new_zeros((batch, heads, slots, dim)),
-        key.new_zeros((batch, heads, slots, dim)),
+        value.new_zeros((batch, heads, slots, dim)),
         torch.full((batch, slots), -1, dtype=torch.int32, device=key.device),
     )
 

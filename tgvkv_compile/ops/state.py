@@ -9,7 +9,7 @@ class CompactState(NamedTuple):
     """All layers' kept KV in one arena per K and V, each layer a segment of it.
 
     Attributes:
-        key_arena: `[B, Hkv, T, D]`, dtype of the model. Keys keep the rotary embedding of their true position.
+        key_arena: `[B, Hkv, T, D]`, dtype of the model's keys. Keys keep the rotary embedding of their true position.
         value_arena: `[B, Hkv, T, D]`.
         slot_position: int32 `[B, T]`, position of the token in each slot (padding not counted), -1 where empty.
             The last slot belongs to no segment: what is evicted at prefill is written there.

@@ -34,7 +34,7 @@ def insert_eviction(
     After::
 
         %tgvkv_slots   : Sym(T)        = placeholder
-        %tgvkv_arena   : Arena         = new_arena(%keys_0, %tgvkv_slots)
+        %tgvkv_arena   : Arena         = new_arena(%keys_0, %values_0, %tgvkv_slots)
         %tgvkv_room    : i64[]         = fitting_reserve(%tgvkv_budgets, %tgvkv_lengths, %tgvkv_arena, reserve)
         %tgvkv_starts  : i64[B, L]     = segment_starts(%tgvkv_budgets, %tgvkv_lengths, %tgvkv_room)
         %tgvkv_keep_l  : b8[B, N]      = retain(%tgvkv_score_l, %tgvkv_roles, kept[:, l])
@@ -67,7 +67,7 @@ def insert_eviction(
         positions = call.item(scores.roles, 3, "tgvkv_positions")
         lengths = call.item(scores.roles, 4, "tgvkv_lengths")
         chosen = capped if capped is not None else _all_tokens(plan, scores)
-        arena = call(packing.new_arena, chosen[0].key, slots_node, name="tgvkv_arena")
+        arena = call(packing.new_arena, chosen[0].key, chosen[0].value, slots_node, name="tgvkv_arena")
         shared = (budgets.allocation, lengths)
         room = call(packing.fitting_reserve, *shared, arena, reserve, name="tgvkv_room", **options)
         starts = call(packing.segment_starts, *shared, room, name="tgvkv_starts", **options)

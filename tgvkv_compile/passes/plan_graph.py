@@ -125,20 +125,25 @@ def _crossing(appends: tuple[KVAppend, ...]) -> tuple[Miss, ...]:
 
 
 def _disagreements(sites: tuple[AttentionSite, ...]) -> list[Miss]:
-    """One arena holds all layers, so they must agree on heads, head dim, dtype and device."""
+    """One arena holds all keys and one all values, so layers must agree on heads, head dim, dtypes and device.
+
+    Keys and values may differ in dtype: under autocast the rotary embedding leaves float32 keys beside bfloat16 values.
+    """
 
     def signature(tensor: torch.Tensor) -> tuple[object, ...]:
         return tensor.shape[1], tensor.shape[3], tensor.dtype
 
     found = []
-    first = fake_tensor(sites[0].key.node) if sites else torch.empty(0)
     for site in sites:
-        for append in (site.key, site.value):
-            value = fake_tensor(append.node)
-            if value.device != first.device:
-                found.append(_at(append, _devices(value.device, first.device)))
-            elif signature(value) != signature(first):
-                found.append(_at(append, f"(Hkv, D, dtype) differ between layers: {signature(first)} at the first layer"))
+        for append, first in ((site.key, sites[0].key), (site.value, sites[0].value)):
+            here, there = fake_tensor(append.node), fake_tensor(first.node)
+            if here.device != there.device:
+                found.append(_at(append, _devices(here.device, there.device)))
+            elif signature(here) != signature(there):
+                found.append(_at(append, f"(Hkv, D, dtype) differ between layers: {signature(there)} at the first layer"))
+            elif here.shape[3] != fake_tensor(sites[0].key.node).shape[3]:
+                reason = f"its head dim is {here.shape[3]}, the keys' is {fake_tensor(sites[0].key.node).shape[3]}"
+                found.append(_at(append, f"{reason}: keys and values of different head dims are not supported"))
     return found
 
 

@@ -63,12 +63,12 @@ class CacheReport:
         return self._compact.state.segment_len.cpu().clone()
 
 
-def inspect_cache(past_key_values: Any) -> CacheReport:
+def inspect_cache(cache: Any) -> CacheReport:
     """Looks into a KV cache.
 
     Args:
-        past_key_values: The cache that a compiled model returned (`generate(..., return_dict_in_generate=True)`, or
-            `model(...).past_key_values`): anything with `layers` that have `keys` and `values`.
+        cache: What a compiled model returned (`generate(..., return_dict_in_generate=True)`, or `model(...)`), or the cache
+            therein, `cache` or, until transformers 5.23, `past_key_values`: anything with `layers` of `keys` and `values`.
 
     Returns:
         A report on it. A cache that was not compressed gives one that says so.
@@ -76,13 +76,14 @@ def inspect_cache(past_key_values: Any) -> CacheReport:
     Raises:
         CacheError: It is not a KV cache, or it is empty.
     """
-    pairs = [
-        (layer.keys, layer.values)
-        for layer in getattr(past_key_values, "layers", ())
-        if getattr(layer, "keys", None) is not None
-    ]
+    held = cache
+    for name in ("cache", "past_key_values"):
+        if not hasattr(held, "layers"):
+            held = getattr(cache, name, held)
+    layers = getattr(held, "layers", ())
+    pairs = [(layer.keys, layer.values) for layer in layers if getattr(layer, "keys", None) is not None]
     if not pairs:
-        raise CacheError(f"inspect_cache() was given {type(past_key_values).__name__}, which holds no keys and values")
+        raise CacheError(f"inspect_cache() was given {type(cache).__name__}, which holds no keys and values")
     handles = [key for key, _ in pairs if isinstance(key, LogicalKV)]
     if not handles:
         return _dense_report(pairs)
@@ -91,16 +92,16 @@ def inspect_cache(past_key_values: Any) -> CacheReport:
         raise CacheError("the layers of this cache come from different requests")
     state = compact.state
     arena, positions = state.key_arena, state.slot_position
-    entry = 2 * arena.shape[1] * arena.shape[3] * arena.element_size()
-    layers = state.segment_start.shape[1]
+    entry = arena.shape[1] * arena.shape[3] * (arena.element_size() + state.value_arena.element_size())
+    num_layers = state.segment_start.shape[1]
     slots = arena.shape[0] * arena.shape[2]
     return CacheReport(
         compressed=True,
-        num_layers=layers,
+        num_layers=num_layers,
         batch_size=compact.batch,
         logical_length=compact.logical_length,
         physical_bytes=slots * (entry + positions.element_size()),
-        logical_bytes=compact.batch * layers * compact.logical_length * entry,
+        logical_bytes=compact.batch * num_layers * compact.logical_length * entry,
         reserve_bytes=(slots - int(state.segment_len.sum())) * (entry + positions.element_size()),
         _compact=compact,
     )

@@ -56,7 +56,7 @@ class LogicalKV(Tensor):
             f"{name}() was called on the keys or values of a KV cache compressed by tgvkv: they are handles without data. "
             "If this is model code, it runs uncompiled, or compiled by another backend, on a compressed cache: compile the "
             "model with this backend (a function around it needs functools.wraps), and see with TORCH_LOGS=recompiles whether "
-            "dynamo fell back to eager. If it is yours, use tgvkv_compile.inspect_cache(past_key_values)"
+            "dynamo fell back to eager. If it is yours, use tgvkv_compile.inspect_cache(...)"
         )
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
