@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PAIRS = ("5.17.0:2.11.0", "5.17.0:2.13.0", "5.24.0:2.11.0", "5.24.0:2.13.0")
 """transformers:torch, oldest and newest of each."""
-FREE = re.compile(r"(torch|transformers|huggingface-hub|tokenizers|torch-tensorrt)==")
+FREE = re.compile(r"(torch|transformers|huggingface-hub|tokenizers|torch-tensorrt|triton)==")
 """What the pair decides; every other release is that of `constraints.txt`."""
 
 

@@ -1,9 +1,12 @@
 """Custom op `tgvkv::decode_step`: append, attend, score and choose the slot to overwrite, for one layer and one token."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from tgvkv_compile.config import EvictionConfig
+from tgvkv_compile.ops import kernels
 from tgvkv_compile.ops.decoding import choose_eviction, next_protected
 from tgvkv_compile.ops.segments import attend_segment
 from tgvkv_compile.ops.state import CompactState
@@ -140,6 +143,21 @@ def _decode_step(
 
 
 torch.library.impl("tgvkv::decode_step", "default", _decode_step)
+
+
+def _decode_step_on_cuda(query: Tensor, key: Tensor, value: Tensor, key_arena: Tensor, *rest: Any) -> Tensor:
+    """Two Triton kernels; the plain functions for a dtype or head dim that these are not made for."""
+    if not kernels.available():
+        return _decode_step(query, key, value, key_arena, *rest)
+    from tgvkv_compile.ops.kernels import decode as fused
+
+    if not fused.fused_applies(query, key_arena, rest[0]):
+        return _decode_step(query, key, value, key_arena, *rest)
+    *state, layer, scale, decode, sink_tokens = rest
+    return fused.fused_decode_step(query, key, value, CompactState(key_arena, *state), layer, scale, decode, sink_tokens)
+
+
+torch.library.impl("tgvkv::decode_step", "cuda", _decode_step_on_cuda)
 
 
 def _fake(query: Tensor, *_: object) -> Tensor:

@@ -6,11 +6,13 @@ Every score is made of sums over the rows of the head-averaged attention `A`. Th
 question rows only: for the other rows `received` is read at text columns alone.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from tgvkv_compile.ops import kernels
 from tgvkv_compile.ops.graph_masks import visible as seen
 from tgvkv_compile.ops.roles import Roles
 
@@ -267,6 +269,30 @@ def _prefill_scores(
     prompt = Prompt(q, k.to(torch.float32), vision, valid, question, attn_mask, is_causal, scale, lse)
     sums = sum_rows(prompt)
     return finish(sums, weigh_rows(prompt, question_weights(sums, question)), vision, valid)
+
+
+_plain_prefill_scores: Callable[..., tuple[Tensor, Tensor]] = _prefill_scores._init_fn
+
+
+@_prefill_scores.register_kernel("cuda")
+def _prefill_scores_on_cuda(
+    q: Tensor,
+    k: Tensor,
+    vision: Tensor,
+    valid: Tensor,
+    question: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    lse: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A Triton kernel where attention gave its log-sum-exp; the plain functions where not."""
+    prompt = Prompt(q, k, vision, valid, question, attn_mask, is_causal, scale, lse)
+    if not kernels.available():
+        return _plain_prefill_scores(*prompt)
+    from tgvkv_compile.ops.kernels import prefill as fused
+
+    return fused.fused_prefill_scores(prompt) if fused.fused_applies(q, k, attn_mask, lse) else _plain_prefill_scores(*prompt)
 
 
 @_prefill_scores.register_fake

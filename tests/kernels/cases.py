@@ -1,0 +1,110 @@
+"""Random compact caches in the middle of a request, and what a step on them is in float64."""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from tgvkv_compile.ops.state import CompactState
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCase:
+    """A decode step of layer `layer`: `query [B, H, 1, D]`, `key` and `value` `[B, Hkv, 1, D]`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    state: CompactState
+    layer: int
+    scale: float
+
+    def fresh(self) -> CompactState:
+        """The state in tensors of its own."""
+        return CompactState(*(tensor.clone() for tensor in self.state))
+
+    def exact(self) -> tuple[Tensor, Tensor, Tensor, float]:
+        """In float64: output `[B, H, 1, D]`, head-mean attention `[B, W]`, positions `[B, W]` (-1 behind), largest logit."""
+        state, layer = self.state, self.layer
+        batch, heads, _, dim = self.query.shape
+        kv_heads = state.key_arena.shape[1]
+        width = int(state.segment_len[:, layer].max()) + 1
+        output = torch.zeros(batch, heads, 1, dim, dtype=torch.float64)
+        attention = torch.zeros(batch, width, dtype=torch.float64)
+        positions = torch.full((batch, width), -1)
+        largest = 0.0
+        for sample in range(batch):
+            start = int(state.segment_start[sample, layer])
+            count = int(state.segment_len[sample, layer]) + 1
+            new = int(state.next_slot[sample, layer]) - start
+            place = state.slot_position[sample, start : start + count].long()
+            place[new] = state.lengths[sample]
+            keys = state.key_arena[sample, :, start : start + count].double()
+            values = state.value_arena[sample, :, start : start + count].double()
+            # A cache of another dtype rounds what is put into it.
+            keys[:, new] = self.key[sample, :, 0].to(state.key_arena.dtype).double()
+            values[:, new] = self.value[sample, :, 0].to(state.value_arena.dtype).double()
+            keys, values = (x.repeat_interleave(heads // kv_heads, dim=0) for x in (keys, values))
+            logits = (self.query[sample].double() @ keys.transpose(1, 2) * self.scale)[:, 0]
+            largest = max(largest, float(logits.abs().max()))
+            weights = logits.masked_fill(place < 0, float("-inf")).softmax(-1)
+            output[sample] = weights[:, None] @ values
+            attention[sample, :count] = weights.mean(0)
+            positions[sample, :count] = place
+        return output, attention, positions, largest
+
+
+def random_step(
+    *,
+    batch: int,
+    kv_heads: int,
+    group: int,
+    dim: int,
+    layers: int = 3,
+    longest: int = 150,
+    dtype: torch.dtype = torch.float32,
+    query_dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> StepCase:
+    """Ragged segments with some room each; most of them have a hole, where the last evicted entry was."""
+    random = torch.Generator().manual_seed(seed)
+
+    def integer(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (1,), generator=random))
+
+    def normal(*size: int, to: torch.dtype = dtype) -> Tensor:
+        return torch.randn(size, generator=random).to(to)
+
+    held = torch.randint(6, longest + 1, (batch, layers), generator=random)
+    room = held + 20
+    start = room.cumsum(1) - room
+    slots = -(-(int(room.sum(1).max()) + 1) // 16) * 16
+    lengths = torch.randint(2 * longest, 2 * longest + 50, (batch,), generator=random)
+    position = torch.full((batch, slots), -1, dtype=torch.int32)
+    count, free, protect = held.clone(), start + held, torch.zeros_like(held)
+    for sample in range(batch):
+        for layer in range(layers):
+            first, entries = int(start[sample, layer]), int(held[sample, layer])
+            kept = torch.randperm(int(lengths[sample]), generator=random)[:entries]
+            position[sample, first : first + entries] = kept.int()
+            protect[sample, layer] = kept.sort().values[-integer(1, 4)]
+            hole = integer(0, entries)
+            if integer(0, 3) and kept[hole] < protect[sample, layer]:
+                position[sample, first + hole] = -1
+                count[sample, layer] -= 1
+                free[sample, layer] = first + hole
+    state = CompactState(
+        normal(batch, kv_heads, slots, dim),
+        normal(batch, kv_heads, slots, dim),
+        position,
+        start,
+        count,
+        free,
+        protect,
+        torch.rand(batch, layers, generator=random) * 0.5,
+        lengths,
+    )
+    # Not contiguous, as a model's are: [B, 1, H, D] transposed.
+    query = normal(batch, 1, kv_heads * group, dim, to=query_dtype or dtype).transpose(1, 2)
+    new = (normal(batch, 1, kv_heads, dim, to=query_dtype or dtype).transpose(1, 2) for _ in range(2))
+    return StepCase(query, *new, state, integer(0, layers), dim**-0.5)

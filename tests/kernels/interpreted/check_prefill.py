@@ -1,0 +1,95 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.kernels.bounds import check_bounded
+from tests.ops.prompts import Layer, make_layer, vision_at
+from tgvkv_compile.ops import scoring
+from tgvkv_compile.ops.kernels import prefill as kernels
+from tgvkv_compile.ops.kernels.prefill import fused_applies, fused_prefill_scores, weigh
+from tgvkv_compile.ops.scoring import Prompt
+
+MASKS = ["none", "bool", "additive", "prefix", "both"]
+
+
+def exact(layer: Layer) -> tuple[Tensor, Tensor, Tensor, float]:
+    """In float64: the log-sum-exp `[B, H, N]`, mass `[B]`, score `[B, N]` and the largest logit."""
+    group = layer.q.shape[1] // layer.k.shape[1]
+    visible = layer.visible()
+    logits = layer.q.double() @ layer.k.double().repeat_interleave(group, dim=1).transpose(2, 3) * layer.scale
+    largest = float(logits.abs().max())
+    logits = logits.masked_fill(~visible, float("-inf"))
+    attention = logits.softmax(-1).nan_to_num().mean(1)
+    mass, score = scoring.scores_from_attention(attention, visible.any(1), layer.roles)
+    return logits.logsumexp(-1), mass, score, largest
+
+
+def check(layer: Layer) -> None:
+    lse, mass, score, largest = exact(layer)
+    prompt = Prompt(*layer.args(), lse.float())
+    assert fused_applies(layer.q, layer.k, layer.attn_mask, prompt.lse)
+    plain = scoring._plain_prefill_scores(*prompt)
+    fused = fused_prefill_scores(prompt)
+    check_bounded(fused[0], plain[0], mass, largest_logit=largest)
+    check_bounded(fused[1], plain[1], score, largest_logit=largest)
+    assert bool((fused[1][~layer.roles.valid] == 0).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("dim", "heads", "kv_heads"), [(64, 4, 4), (80, 7, 1), (96, 2, 1), (128, 8, 2), (256, 3, 1)])
+def test_every_dtype_head_dim_and_group(dtype: torch.dtype, dim: int, heads: int, kv_heads: int) -> None:
+    layer = make_layer(heads=heads, kv_heads=kv_heads, length=100, dim=dim, dtype=dtype)
+    layer.scale = dim**-0.5
+    check(layer)
+
+
+@st.composite
+def layers(draw: st.DrawFn) -> Layer:
+    batch, length = draw(st.integers(1, 3)), draw(st.integers(2, 150))
+    spans = st.lists(st.tuples(st.integers(0, length - 1), st.integers(1, length)), max_size=3)
+    layer = make_layer(
+        batch=batch,
+        heads=draw(st.sampled_from([2, 4])),
+        kv_heads=draw(st.sampled_from([1, 2])),
+        length=length,
+        dim=64,
+        vision=torch.stack([vision_at(length, *draw(spans)) for _ in range(batch)]),
+        padding=tuple(draw(st.integers(0, length - 1)) for _ in range(batch)),
+        mask=draw(st.sampled_from(MASKS)),
+        dtype=draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16])),
+        seed=draw(st.integers(0, 99)),
+    )
+    layer.scale = 0.125
+    return layer
+
+
+@given(layers(), st.sampled_from([1, 132]))
+@settings(max_examples=25)
+def test_random_prompts(layer: Layer, processors: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "processors", lambda device: processors)
+        check(layer)
+
+
+def test_a_turn_has_fewer_rows_than_columns() -> None:
+    layer = make_layer(heads=4, kv_heads=2, length=90, dim=64, mask="bool")
+    whole = Prompt(*layer.args(), exact(layer)[0].float())
+    rows = slice(60, None)
+    part = whole._replace(q=whole.q[:, :, rows], attn_mask=layer.attn_mask[:, :, rows], lse=whole.lse[:, :, rows])
+    mass, score = fused_prefill_scores(part)
+    torch.testing.assert_close((mass, score), scoring._plain_prefill_scores(*part), rtol=1e-5, atol=1e-6)
+
+
+def test_blocks_without_a_wanted_column_are_zero_and_rows_may_be_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "processors", lambda device: 132)
+    layer = make_layer(heads=2, kv_heads=1, length=600, dim=64)
+    prompt = Prompt(*layer.args(), exact(layer)[0].float())
+    assert kernels.plan_weighing(1, 2, 600, 64, torch.float32, 132).parts > 1
+    wanted = torch.zeros(1, 600, dtype=torch.bool)
+    wanted[:, 400:403] = True
+    sums, seen = weigh(prompt, torch.ones(1, 600), wanted, torch.tensor(0))
+    attention, visible = prompt.attention(0, 600)
+    torch.testing.assert_close(sums, torch.where(wanted, attention.sum(1), 0.0))
+    torch.testing.assert_close(seen, torch.where(wanted, visible.float().sum(1), 0.0))

@@ -1,0 +1,53 @@
+"""Every variant of the kernels compiles for compute capability 8.0 and 9.0, and keeps what it works on in registers."""
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from tests.kernels.cases import random_step
+from tests.kernels.compiling import PROCESSORS, compiling_only
+from tests.ops.prompts import make_layer
+from tgvkv_compile.ops.kernels import decode, prefill
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels compile nothing")
+
+SHARED = {80: 163 * 1024, 90: 227 * 1024}
+"""Bytes that a block may have."""
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HEADS = [(64, 1), (64, 7), (80, 1), (96, 4), (128, 1), (128, 4), (128, 8), (256, 1), (256, 2), (256, 8)]
+"""Head dims, and query heads per key head."""
+SOME_HEADS = [(64, 7), (80, 1), (128, 4), (256, 1), (256, 8)]
+STEPS = [*((torch.bfloat16, *heads) for heads in HEADS), *((dtype, *heads) for dtype in DTYPES[:2] for heads in SOME_HEADS)]
+
+
+@pytest.mark.parametrize("capability", PROCESSORS)
+@pytest.mark.parametrize(("dtype", "dim", "group"), STEPS, ids=str)
+def test_decode(dim: int, group: int, dtype: torch.dtype, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "processors", lambda _: PROCESSORS[capability])
+    case = random_step(batch=1, kv_heads=2, group=group, dim=dim, layers=2, longest=600, dtype=dtype)
+    with compiling_only(capability, monkeypatch) as compiled:
+        for mode in ("ratio", "fixed", "keep"):
+            decode.fused_decode_step(case.query, case.key, case.value, case.state, case.layer, case.scale, mode, 4)
+    assert [usage.name for usage in compiled] == ["attend_split", "finish_step"] * 3
+    for usage in compiled:
+        assert usage.spilled == 0, f"{usage} spills"
+        assert usage.shared <= SHARED[capability]
+
+
+@pytest.mark.parametrize("capability", PROCESSORS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [80, 128, 256])
+@pytest.mark.parametrize("mask", ["none", "bool", "additive"])
+def test_prefill(mask: str, dim: int, dtype: torch.dtype, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill, "processors", lambda _: PROCESSORS[capability])
+    layer = make_layer(heads=4, kv_heads=2, length=600, dim=dim, dtype=dtype, mask=mask)
+    prompt = prefill.Prompt(*layer.args(), torch.rand(1, 4, 600))
+    with compiling_only(capability, monkeypatch) as compiled:
+        prefill.fused_prefill_scores(prompt)
+    assert len(compiled) == 3
+    for usage in compiled:
+        assert usage.spilled == 0, f"{usage} spills"
+        assert usage.shared <= SHARED[capability]

@@ -1,0 +1,14 @@
+"""Triton kernels behind the opaque ops, for CUDA devices (`docs/gpu.md`).
+
+`decode` and `prefill` launch what `decode_kernels` and `prefill_kernels` hold. Only these four import Triton, and the first
+call that needs them imports them: importing the package must not need it.
+"""
+
+import functools
+import importlib.util
+
+
+@functools.cache
+def available() -> bool:
+    """Whether Triton is installed. Builds of torch for CUDA on Linux bring it; elsewhere the plain functions run."""
+    return importlib.util.find_spec("triton") is not None
