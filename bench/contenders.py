@@ -1,4 +1,4 @@
-"""What is compared: the same weights, run in five ways."""
+"""What is compared: the same weights, run in several ways."""
 
 import copy
 import dataclasses
@@ -17,8 +17,10 @@ from bench.presets import Preset
 
 Compiler = Literal["inductor", "eager"]
 
-ORDER = ("hf-eager", "inductor-full", "inductor-static", "tgvkv", "floor", "floor-static")
-"""All there are. `floor-static` is the floor in the form that CUDA graphs can replay."""
+ORDER = ("hf-eager", "inductor-full", "inductor-static", "tgvkv", "tgvkv-capped", "floor", "floor-static")
+"""All there are. `tgvkv-capped` holds little in a prefill; `floor-static` is the floor that CUDA graphs can replay."""
+CAP = 2.0
+"""`prefill_cap` of `tgvkv-capped`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +51,7 @@ def kept_tokens(budget: float, length: int) -> int:
 
 def default_names(device: str) -> tuple[str, ...]:
     """The rows of a run that names none: `floor-static` only where there are CUDA graphs."""
-    return ORDER if device == "cuda" else ORDER[:-1]
+    return tuple(name for name in ORDER if name != "tgvkv-capped" and (device == "cuda" or name != "floor-static"))
 
 
 def make_contenders(
@@ -76,11 +78,13 @@ def make_contenders(
     stock: dict[str, Any] = {"backend": compiler}
     graphs = {"mode": "reduce-overhead"} if preset.device == "cuda" and compiler == "inductor" else {}
     backend = tgvkv_compile.tgvkv_backend(budget=budget, lowering=compiler, **graphs)
+    capped = tgvkv_compile.tgvkv_backend(budget=budget, lowering=compiler, prefill_cap=CAP, **graphs)
     makers: dict[str, Callable[[], Contender]] = {
         "hf-eager": lambda: _eager(model),
         "inductor-full": lambda: _full(model, stock),
         "inductor-static": lambda: _static(model, preset, stock, graphs),
-        "tgvkv": lambda: _tgvkv(model, backend),
+        "tgvkv": lambda: _tgvkv(model, "tgvkv", backend),
+        "tgvkv-capped": lambda: _tgvkv(model, "tgvkv-capped", capped),
         "floor": lambda: _floor(model, preset, budget, stock),
         "floor-static": lambda: _floor_static(model, preset, budget, {**stock, **graphs}),
     }
@@ -114,9 +118,9 @@ def _static(model: Any, preset: Preset, options: dict[str, Any], graphs: dict[st
     return Contender("inductor-static", prefill, decode, cache, keeps_cache=True)
 
 
-def _tgvkv(model: Any, backend: Any) -> Contender:
-    call = torch.compile(_own_forward(model, "tgvkv"), backend=backend)
-    return Contender("tgvkv", call, call, _dynamic)
+def _tgvkv(model: Any, name: str, backend: Any) -> Contender:
+    call = torch.compile(_own_forward(model, name.replace("-", "_")), backend=backend)
+    return Contender(name, call, call, _dynamic)
 
 
 def _floor(model: Any, preset: Preset, budget: float, options: dict[str, Any]) -> Contender:

@@ -20,7 +20,7 @@ from bench.record import SCHEMA
 PANELS = (("decode_ms", 1.0, "decode step, ms"), ("kv_bytes", 2.0**20, "KV cache, MiB"))
 COLOURS = {
     **{"hf-eager": "#7f7f7f", "inductor-full": "#d62728", "inductor-static": "#ff7f0e"},
-    **{"tgvkv": "#1f77b4", "floor": "#2ca02c", "floor-static": "#9467bd"},
+    **{"tgvkv": "#1f77b4", "tgvkv-capped": "#17becf", "floor": "#2ca02c", "floor-static": "#9467bd"},
 }
 
 
@@ -121,7 +121,7 @@ def _most_seen(samples: list[Sample], axis: str, other: str) -> int:
 
 def _budget(sample: Sample) -> float | None:
     """None for contenders that keep everything: they are the same at each budget."""
-    return sample.budget if sample.contender in ("tgvkv", "floor", "floor-static") else None
+    return None if sample.contender in ("hf-eager", "inductor-full", "inductor-static") else sample.budget
 
 
 def _colour(name: str, budget: float | None) -> Any:

@@ -8,35 +8,21 @@ compiled for itself. A point that does not fit into memory is said to.
 """
 
 import dataclasses
-import gc
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from bench import record, table, torch_internals
+from bench import record, table
 from bench.arguments import at_least_one, fraction, listed, parser, preset_of
-from bench.contenders import Compiler, make_contenders
-from bench.errors import BenchError, exit_code
-from bench.measure import measure, say
-from bench.models import make_model, pictures_of
+from bench.errors import exit_code
+from bench.measure import say
+from bench.models import pictures_of
+from bench.points import Point, at_point, measured
 from bench.presets import Preset
-from bench.ratios import ratios
 
 CONTEXTS = [1024, 2048, 4096, 8192, 16_384, 32_768]
 BATCHES = [1, 2, 4, 8, 16, 32, 64]
 BUDGETS = [0.02, 0.05, 0.1, 0.2, 0.5, 1.0]
-
-
-@dataclasses.dataclass(frozen=True)
-class Point:
-    """One measurement: which of the three varies, and what all three are."""
-
-    axis: str
-    context: int
-    batch: int
-    budget: float
 
 
 def main() -> None:
@@ -46,7 +32,7 @@ def main() -> None:
     options.add_argument("--contexts", type=listed(at_least_one), default=CONTEXTS, help="tokens of the prompt, by comma")
     options.add_argument("--batches", type=listed(at_least_one), default=BATCHES, help="samples, by comma")
     options.add_argument("--budgets", type=listed(fraction), default=BUDGETS, help="fractions of KV, by comma")
-    options.add_argument("--contenders", type=listed(str), default=["inductor-full", "tgvkv"], help="by comma")
+    options.add_argument("--contenders", type=listed(str), default=["inductor-full", "tgvkv", "tgvkv-capped"], help="by comma")
     options.add_argument(
         "--compiler", choices=["inductor", "eager"], default="inductor", help="eager: only to see that it runs"
     )
@@ -56,11 +42,11 @@ def main() -> None:
     preset = preset_of(args)
     points = points_of(preset, args.budget, args.contexts, args.batches, args.budgets)
     for point in points:
-        pictures_of(_at(preset, point))
+        pictures_of(at_point(preset, point))
     found = {**record.header("bench.scaling", preset), "preset_name": args.preset, "compiler": args.compiler, "points": []}
     for number, point in enumerate(points, start=1):
         say(f"point {number} of {len(points)}: {point.context} tokens, batch {point.batch}, budget {point.budget:g}")
-        found["points"].append({**dataclasses.asdict(point), **_measured(point, preset, tuple(args.contenders), args.compiler)})
+        found["points"].append({**dataclasses.asdict(point), **measured(point, preset, tuple(args.contenders), args.compiler)})
         if args.json is not None:
             record.write(found, args.json)  # each time: a long run that dies has written what it had
     tables = markdown(found)
@@ -103,27 +89,6 @@ def _lines(point: dict[str, Any], axis: str) -> list[list[str]]:
         worth = [point["ratios"].get(key) if name == "tgvkv" else None for key in ("decode_vs_full", "prefill_vs_full")]
         lines.append([at, name, *table.cells(row), *("" if ratio is None else f"{ratio:.3f}" for ratio in worth)])
     return lines
-
-
-def _at(preset: Preset, point: Point) -> Preset:
-    # One batch size for both: it is compiled for once.
-    return dataclasses.replace(preset, context=point.context, batch=point.batch, prefill_batch=point.batch)
-
-
-def _measured(point: Point, preset: Preset, names: tuple[str, ...], compiler: Compiler) -> dict[str, Any]:
-    torch_internals.forget()
-    gc.collect()
-    if preset.device == "cuda":
-        torch.cuda.empty_cache()
-    here = _at(preset, point)
-    try:
-        model = make_model(here)
-        rows = measure(make_contenders(names, model, here, point.budget, compiler), model, here)
-    except torch.OutOfMemoryError:
-        return {"rows": {}, "ratios": {}, "error": "out of memory"}
-    except BenchError as error:
-        return {"rows": {}, "ratios": {}, "error": str(error)}
-    return {"rows": rows, "ratios": ratios(rows), "error": None}
 
 
 if __name__ == "__main__":
