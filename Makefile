@@ -10,6 +10,7 @@ TRAIN_ARGS ?=
 FUZZ_MINUTES ?= 5
 FUZZ_ARGS ?=
 MATRIX_ARGS ?=
+BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -61,8 +62,8 @@ format: $(STAMP) ## Format the sources and mend what the linter can mend
 golden: $(STAMP) ## Compare with the recorded cases of the authors' released code
 	$(BIN)/python -m pytest tests/golden $(PYTEST_ARGS)
 
-bench: $(STAMP) ## Run every benchmark (bench/README.md)
-	@set -e; for script in bench/bench_*.py; do echo "==> $$script"; $(BIN)/python "$$script"; done
+bench: $(STAMP) ## Measure against torch.compile with the full cache (BENCH_ARGS='--budget 0.2', bench/README.md)
+	$(BIN)/python -m bench.run --preset llava-next-cpu $(BENCH_ARGS)
 
 train: $(STAMP) ## Train the small model of the demonstration anew (TRAIN_ARGS='--minutes 10 --out folder')
 	$(BIN)/python -m tgvkv_compile.digits.train $(TRAIN_ARGS)

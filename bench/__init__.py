@@ -1,0 +1,5 @@
+"""Benchmarks: this backend against what a user would run instead, and against the floor. `bench/README.md`."""
+
+import os
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which measures memory, else writes lines of its own

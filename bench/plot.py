@@ -1,0 +1,137 @@
+"""Decode time and memory against context and batch, from records of `bench.run` and `bench.scaling`.
+
+One picture per preset: what a point belongs to is read from the records, so several runs may be given at once.
+
+    python -m bench.plot scaling.json --out pictures
+"""
+
+import argparse
+import dataclasses
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench.arguments import Parser
+from bench.errors import BenchError, exit_code
+from bench.record import SCHEMA
+
+PANELS = (("decode_ms", 1.0, "decode step, ms"), ("kv_bytes", 2.0**20, "KV cache, MiB"))
+COLOURS = {
+    **{"hf-eager": "#7f7f7f", "inductor-full": "#d62728", "inductor-static": "#ff7f0e"},
+    **{"tgvkv": "#1f77b4", "tgvkv-capped": "#17becf", "floor": "#2ca02c", "floor-static": "#9467bd"},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One contender at one point."""
+
+    preset: str
+    contender: str
+    context: int
+    batch: int
+    budget: float
+    values: dict[str, float]
+
+
+def main() -> None:
+    """Draws the pictures and says where they are."""
+    options = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("files", type=Path, nargs="+")
+    options.add_argument("--out", type=Path, required=True, help="folder to write to")
+    args = options.parse_args()
+    samples = [sample for path in args.files for sample in samples_of(path)]
+    args.out.mkdir(parents=True, exist_ok=True)
+    for preset in dict.fromkeys(sample.preset for sample in samples):
+        path = args.out / f"{preset}.png"
+        draw([sample for sample in samples if sample.preset == preset], preset, path)
+        sys.stdout.write(f"{path}\n")
+
+
+def samples_of(path: Path) -> list[Sample]:
+    """What a record holds.
+
+    Raises:
+        BenchError: It is no record, or nothing in it was measured.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BenchError(f"{path}: {error}") from None
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA or not ("rows" in found or "points" in found):
+        raise BenchError(f"{path}: not a record of bench.run or bench.scaling (schema {SCHEMA})")
+    preset = re.sub(r"-\d+k$", "", found["preset_name"])
+    shape = found["preset"]
+    alone = {"context": shape["context"], "batch": shape["batch"], "budget": found.get("budget"), "rows": found.get("rows")}
+    samples = []
+    for point in found.get("points", [alone]):
+        for name, row in point["rows"].items():
+            values = {key: row[key] for key, _, _ in PANELS}
+            samples.append(Sample(preset, name, point["context"], point["batch"], point["budget"], values))
+    if not samples:
+        raise BenchError(f"{path}: nothing in it was measured")
+    return samples
+
+
+def draw(samples: list[Sample], title: str, path: Path) -> None:
+    """Four panels: decode time and KV bytes, against context (at the batch size that has most of them) and against batch."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 2, figsize=(11, 8), constrained_layout=True)
+    for column, (axis, other) in enumerate((("context", "batch"), ("batch", "context"))):
+        fixed = _most_seen(samples, axis, other)
+        here = [sample for sample in samples if getattr(sample, other) == fixed]
+        for line, (key, unit, label) in enumerate(PANELS):
+            panel = axes[line][column]
+            for name, budget in dict.fromkeys((sample.contender, _budget(sample)) for sample in here):
+                points = {
+                    getattr(sample, axis): sample.values[key] / unit
+                    for sample in here
+                    if (sample.contender, _budget(sample)) == (name, budget)
+                }
+                ordered = sorted(points.items())
+                shown = name if budget is None else f"{name}, {100 * budget:g} %"
+                panel.plot(*zip(*ordered, strict=True), marker="o", label=shown, color=_colour(name, budget))
+            panel.set_xscale("log", base=2)
+            panel.set_yscale("log")
+            ticks = sorted({getattr(sample, axis) for sample in here})
+            panel.set_xticks(ticks, [str(tick) for tick in ticks])
+            panel.set_xlabel("tokens of the prompt" if axis == "context" else "samples of the batch")
+            panel.set_ylabel(label)
+            panel.set_title(f"{other} {fixed}")
+            panel.grid(True, which="both", alpha=0.25)
+    axes[0][0].legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _most_seen(samples: list[Sample], axis: str, other: str) -> int:
+    """The value of `other` at which `axis` takes the most values."""
+    seen: dict[int, set[int]] = {}
+    for sample in samples:
+        seen.setdefault(getattr(sample, other), set()).add(getattr(sample, axis))
+    return max(seen, key=lambda value: (len(seen[value]), -value))
+
+
+def _budget(sample: Sample) -> float | None:
+    """None for contenders that keep everything: they are the same at each budget."""
+    return None if sample.contender in ("hf-eager", "inductor-full", "inductor-static") else sample.budget
+
+
+def _colour(name: str, budget: float | None) -> Any:
+    """The contender's colour; small budgets as they are, larger ones nearer to white."""
+    from matplotlib import colors
+
+    base = colors.to_rgb(COLOURS.get(name, "black"))
+    paler = 0.0 if budget is None or budget <= 0.05 else min(0.7, 0.25 + 0.5 * budget)
+    return tuple(part + (1 - part) * paler for part in base)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
