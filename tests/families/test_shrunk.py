@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlavaForConditionalGeneration
 
 from tests.families.family import IMAGE, VIDEO
 from tests.families.shrunk import FAMILIES, REFUSED, known, make_inputs, make_model
@@ -27,9 +28,9 @@ def model_and_inputs(name: str) -> tuple[Any, dict[str, Tensor]]:
     """Skips what the installed transformers does not have, or does not encode before the prefill."""
     if not known(name):
         pytest.skip(f"the installed transformers has no {name}")
-    model = make_model(name, {**FAMILIES, **REFUSED}[name])
-    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+    if "mm_encoder_outputs" not in inspect.signature(LlavaForConditionalGeneration.forward).parameters:
         pytest.skip("features can be handed over since transformers 5.23")
+    model = make_model(name, {**FAMILIES, **REFUSED}[name])
     return model, make_inputs(model)
 
 

@@ -112,8 +112,11 @@ def _query_shard(query: Node) -> Node | None:
 def _local_of(node: Any) -> Node | None:
     """The placeholder of a sharded `DTensor` that `node` is, or is the local part of."""
     while isinstance(node, Node) and node.op != "placeholder":
-        if op_kind(node) not in _PASSING:
+        source = node.args[0] if node.args else None
+        # torch 2.11 writes `to_local` as a function of its own making, so it is known by what goes in.
+        from_dtensor = isinstance(source, Node) and hasattr(fake_value(source), "placements")
+        if op_kind(node) not in _PASSING and not from_dtensor:
             return None
-        node = node.args[0]
+        node = source
     placements = getattr(fake_value(node), "placements", ()) if isinstance(node, Node) else ()
     return node if any(not placement.is_replicate() for placement in placements) else None
