@@ -43,7 +43,8 @@ def retain_by_threshold(score: Tensor, roles: Roles, kept: Tensor, *, sink_token
     texts = _count(text)
     # Either some text goes and all vision with it, or all text stays: the threshold is searched in one of the two only.
     among_text = rest < texts
-    searched = torch.where(among_text, text, roles.vision & ~forced)
+    # Not a `where`: ONNX Runtime has none of bools.
+    searched = (among_text & text) | (~among_text & roles.vision & ~forced)
     wanted = torch.where(among_text, rest, rest - texts)
     return forced | (text & ~among_text) | _best(score, searched, wanted)
 
