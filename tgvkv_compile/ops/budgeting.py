@@ -18,7 +18,7 @@ _FILL_STEPS = 64
 # Weights below this share count as this share when layers are filled. It lets layers without any mass take what no
 # other layer can hold, so that the total is always met, and bounds the search.
 _FILL_MIN_WEIGHT = 2.0**-30
-_BELOW_ONE = 1.0 - 2.0**-24  # the largest float32 below 1
+BELOW_ONE = 1.0 - 2.0**-24  # the largest float32 below 1
 
 
 class Allocation(NamedTuple):
@@ -103,7 +103,7 @@ def allocate(mass: Tensor, lengths: Tensor, num_vision: Tensor, *, config: Evict
         rate = kept / length.clamp(min=1.0)
     dense = _never_evicts(lengths, num_vision, config).unsqueeze(1)
     if config.decode == "fixed":
-        rate = torch.where(rate == 1.0, _BELOW_ONE, rate)
+        rate = torch.where(rate == 1.0, BELOW_ONE, rate)
     return Allocation(torch.where(dense, length, kept).to(torch.int64), torch.where(dense, 1.0, rate))
 
 

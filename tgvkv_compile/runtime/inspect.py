@@ -62,6 +62,13 @@ class CacheReport:
             return torch.full((self.batch_size, self.num_layers), self.logical_length)
         return self._compact.state.segment_len.cpu().clone()
 
+    @property
+    def keep_rates(self) -> Tensor:
+        """float32 `[B, L]` on the CPU: the share of all tokens, generated ones included, that decoding lets each layer keep."""
+        if self._compact is None:
+            return torch.ones((self.batch_size, self.num_layers))
+        return self._compact.state.keep_rate.cpu().clone()
+
 
 def inspect_cache(cache: Any) -> CacheReport:
     """Looks into a KV cache.
