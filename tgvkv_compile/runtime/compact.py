@@ -332,7 +332,7 @@ class CompactCache:
         start = capacity.cumsum(1) - capacity
         batch, heads, _, dim = old.key_arena.shape
         key = old.key_arena.new_zeros((batch, heads, slots, dim))
-        value = old.value_arena.new_zeros(key.shape)
+        value = torch.zeros_like(key, dtype=old.value_arena.dtype)
         position = torch.full((batch, slots), -1, dtype=old.slot_position.dtype, device=key.device)
         entries = _entries(old)
         length = entries.sum(2)
