@@ -61,7 +61,8 @@ VERSIONS = """
 
 `make test-matrix` runs the tests on the oldest and newest supported releases, each pair in a virtual environment of its own.
 What is skipped needs what the release does not have (a family, an argument) or fails uncompiled too; `docs/matrix.json`
-has the reasons and counts.
+has the reasons, counts and failures. A pair may stand there twice: the whole suite, then what was run again after the failures
+were mended.
 
 | transformers | torch | tests | result | passed | failed | skipped | date |
 | --- | --- | --- | --- | --- | --- | --- | --- |

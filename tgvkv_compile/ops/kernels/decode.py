@@ -14,6 +14,8 @@ _DTYPES = {torch.float32, torch.float16, torch.bfloat16}
 _MAX_DIM = 256
 _SMALLEST_PRODUCT = 16  # rows that `tl.dot` takes at least
 _FINISH_BLOCK = 128
+MOST_REGISTERS = 255
+"""Of a thread. Said to the assembler, which else spills to fit more programs onto a multiprocessor (seen with Triton 3.6)."""
 
 
 def next_power(number: int) -> int:
@@ -151,6 +153,7 @@ def fused_decode_step(
         STORE_LOGITS=chooses,
         num_warps=plan.warps,
         num_stages=2,
+        maxnreg=MOST_REGISTERS,
     )
     finish_step[(batch, plan.programs)](
         top,

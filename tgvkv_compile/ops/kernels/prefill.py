@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from tgvkv_compile.ops.kernels.decode import next_power, processors
+from tgvkv_compile.ops.kernels.decode import MOST_REGISTERS, next_power, processors
 from tgvkv_compile.ops.kernels.prefill_kernels import weigh_attention
 from tgvkv_compile.ops.scoring import Prompt, Sums, finish, question_weights
 
@@ -39,7 +39,7 @@ def plan_weighing(batch: int, heads: int, rows: int, dim: int, dtype: torch.dtyp
     block = (64 if dtype.itemsize == 2 else 32) // (2 if padded > 128 else 1)  # more would not fit into registers
     # Text stands in a few blocks of columns: only parts of the rows give the device enough to do.
     parts = max(1, min(_MAX_PARTS, processors // (batch * heads), -(-rows // (4 * block))))
-    return WeighPlan(padded, block, block, parts, 8 if block == 64 else 4)
+    return WeighPlan(padded, block, block, parts, 8 if block * padded >= 64 * 64 else 4)
 
 
 def fused_applies(q: Tensor, k: Tensor, attn_mask: Tensor | None, lse: Tensor | None) -> bool:
@@ -129,5 +129,6 @@ def weigh(prompt: Prompt, weights: Tensor, wanted: Tensor, first_row: Tensor) ->
         COUNT=True,
         num_warps=plan.warps,
         num_stages=2,
+        maxnreg=MOST_REGISTERS if plan.warps == 4 else None,
     )
     return sums.sum(2).mean(1), seen.sum(1)
