@@ -5,7 +5,9 @@ import os
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+
+import triton
 
 from tests.kernels.cases import random_step
 from tests.kernels.compiling import PROCESSORS, compiling_only
