@@ -74,16 +74,14 @@ _LLAVA_1_5_7B = Preset(
     batch=1, prefill_batch=1, rounds=10, steps=4, prefill_rounds=7,
 )  # fmt: skip
 
-_QWEN2_5_VL_7B = Preset(
-    kind="qwen2_5_vl", layers=28, hidden=3584, heads=28, kv_heads=4, head_dim=128, feed_forward=18_944, vocabulary=152_064,
-    dtype="bfloat16", device="cuda", context=4096, picture_side=24, least_text=48, question=32,
-    batch=1, prefill_batch=1, rounds=10, steps=4, prefill_rounds=7,
+_QWEN2_5_VL_7B = dataclasses.replace(
+    _LLAVA_1_5_7B,
+    kind="qwen2_5_vl", layers=28, hidden=3584, heads=28, kv_heads=4, feed_forward=18_944, vocabulary=152_064,
 )  # fmt: skip
 
-_QWEN3_VL_8B = Preset(
-    kind="qwen3_vl", layers=36, hidden=4096, heads=32, kv_heads=8, head_dim=128, feed_forward=12_288, vocabulary=151_936,
-    dtype="bfloat16", device="cuda", context=4096, picture_side=24, least_text=48, question=32,
-    batch=1, prefill_batch=1, rounds=10, steps=4, prefill_rounds=7,
+_QWEN3_VL_8B = dataclasses.replace(
+    _LLAVA_1_5_7B,
+    kind="qwen3_vl", layers=36, kv_heads=8, feed_forward=12_288, vocabulary=151_936,
 )  # fmt: skip
 
 _GPU = {"llava-1.5-7b": _LLAVA_1_5_7B, "qwen2.5-vl-7b": _QWEN2_5_VL_7B, "qwen3-vl-8b": _QWEN3_VL_8B}

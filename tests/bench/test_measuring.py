@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,6 @@ from bench.ratios import NEEDED, ratios, spread
 
 QUICK = ["--preset", "tiny", "--compiler", "eager", "--rounds", "2", "--prefill-rounds", "1", "--steps", "1"]
 TINY = dataclasses.replace(PRESETS["tiny"], rounds=2, prefill_rounds=1, steps=1)
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    """Dynamo forgets what contenders compiled, and threads are as before."""
-    threads = torch.get_num_threads()
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-    torch.set_num_threads(threads)
 
 
 def call(main: Any, monkeypatch: pytest.MonkeyPatch, *args: str) -> int:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import statistics
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -21,19 +20,9 @@ WARM_UP = 4
 ROUNDS = 7
 
 
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    """One thread: others may be busy. Dynamo forgets what was compiled."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.slow
 def test_a_step_is_faster_than_with_the_full_cache() -> None:
+    torch.set_num_threads(1)  # others may be busy
     model = make_model(PRESET)
     prompt = make_prompt(model, PRESET, PRESET.batch)
     contenders = make_contenders(("inductor-full", "tgvkv", "floor"), model, PRESET, 0.05)

@@ -15,16 +15,14 @@ from tgvkv_compile.backend.carried import MergingProgram, VisionMarks, merged_be
 from tgvkv_compile.backend.options import BackendOptions, read_options
 from tgvkv_compile.backend.programs import fewest_vision
 from tgvkv_compile.config import EvictionConfig
-from tgvkv_compile.errors import ConfigError, NoAttentionError, TgvkvError
+from tgvkv_compile.errors import NoAttentionError, TgvkvError
 from tgvkv_compile.fx.meta import fake_tensor, source_line
 from tgvkv_compile.fx.targets import op_kind, target_name
 from tgvkv_compile.ops.budgeting import kept_bound
 from tgvkv_compile.pipeline import find_all, plan_found, rewrite_graph, with_vision_inputs
 from tgvkv_compile.plan import AttentionSite, GraphKind, Miss, Plan
+from tgvkv_compile.runtime.inspect import CACHE_NAMES
 from tgvkv_compile.runtime.logical import LogicalKV
-
-_CACHES = ("cache", "past_key_values")
-"""What transformers calls the KV cache of a call, since 5.24 and before."""
 
 _LATER: dict[GraphKind, str] = {
     "decode": "append one token to the compressed cache, and evict at most one entry per layer",
@@ -182,10 +180,8 @@ def explain(model: torch.nn.Module, inputs: Mapping[str, Any], budget: float | i
         NoAttentionError: No graph holds attention over a KV cache.
     """
     record = read_options({"budget": budget, **options}, where="explain")
-    model = getattr(model, "_orig_mod", model)  # wrapped by torch.compile(model)
-    if not isinstance(model, torch.nn.Module):
-        raise ConfigError(f"model is a {type(model).__name__}; give a torch.nn.Module, such as a transformers model")
-    inputs = {name: copy.deepcopy(value) if name in _CACHES else value for name, value in inputs.items()}
+    model = dynamo.module_of(model)
+    inputs = {name: copy.deepcopy(value) if name in CACHE_NAMES else value for name, value in inputs.items()}
     finder = _Finder(record)
     with torch.no_grad(), dynamo.configured() if record.configure_dynamo else contextlib.nullcontext():
         dynamo.compile_apart(model._call_impl, finder)(**inputs)

@@ -58,9 +58,7 @@ def calibrate(
         raise ConfigError(
             f"samples={type(samples).__name__} must be a sequence of at least one call's inputs, such as [inputs]"
         )
-    model = getattr(model, "_orig_mod", model)  # wrapped by torch.compile(model)
-    if not isinstance(model, torch.nn.Module):
-        raise ConfigError(f"model is a {type(model).__name__}; give a torch.nn.Module, such as a transformers model")
+    model = dynamo.module_of(model)
     backend = tgvkv_backend(
         budget,
         budget_of=budget_of,

@@ -141,8 +141,8 @@ def _disagreements(sites: tuple[AttentionSite, ...]) -> list[Miss]:
                 found.append(_at(append, _devices(here.device, there.device)))
             elif signature(here) != signature(there):
                 found.append(_at(append, f"(Hkv, D, dtype) differ between layers: {signature(there)} at the first layer"))
-            elif here.shape[3] != fake_tensor(sites[0].key.node).shape[3]:
-                reason = f"its head dim is {here.shape[3]}, the keys' is {fake_tensor(sites[0].key.node).shape[3]}"
+            elif here.shape[3] != (key_dim := fake_tensor(site.key.node).shape[3]):
+                reason = f"its head dim is {here.shape[3]}, the keys' is {key_dim}"
                 found.append(_at(append, f"{reason}: keys and values of different head dims are not supported"))
     return found
 

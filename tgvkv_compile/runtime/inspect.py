@@ -70,6 +70,10 @@ class CacheReport:
         return self._compact.state.keep_rate.cpu().clone()
 
 
+CACHE_NAMES = ("cache", "past_key_values")
+"""What transformers calls the KV cache of a call and of its output, since 5.24 and before."""
+
+
 def inspect_cache(cache: Any) -> CacheReport:
     """Looks into a KV cache.
 
@@ -83,11 +87,8 @@ def inspect_cache(cache: Any) -> CacheReport:
     Raises:
         CacheError: It is not a KV cache, or it is empty.
     """
-    held = cache
-    for name in ("cache", "past_key_values"):
-        if not hasattr(held, "layers"):
-            held = getattr(cache, name, held)
-    layers = getattr(held, "layers", ())
+    named = (getattr(cache, name, None) for name in CACHE_NAMES)
+    layers = next((held.layers for held in (cache, *named) if hasattr(held, "layers")), ())
     pairs = [(layer.keys, layer.values) for layer in layers if getattr(layer, "keys", None) is not None]
     if not pairs:
         raise CacheError(f"inspect_cache() was given {type(cache).__name__}, which holds no keys and values")
