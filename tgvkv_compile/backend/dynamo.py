@@ -28,12 +28,14 @@ def flags() -> dict[str, Any]:
       deepstack's boolean indexing break the graph otherwise.
     - `recompile_limit` and `accumulated_recompile_limit`, raised to at least 256: all models of a process share one
       counter, and past the limit dynamo runs eager.
+    - `specialize_float`: a second model with another head dim would be traced with the scale of its attention as an input.
     - `fail_on_recompile_limit_hit`: reaching the limit raises instead of running eager, silently and uncompressed.
     """
     config = torch._dynamo.config
     return {
         "capture_scalar_outputs": True,
         "capture_dynamic_output_shape_ops": True,
+        "specialize_float": True,
         "recompile_limit": max(config.recompile_limit, RECOMPILE_LIMIT),
         "accumulated_recompile_limit": max(config.accumulated_recompile_limit, RECOMPILE_LIMIT),
         "fail_on_recompile_limit_hit": True,

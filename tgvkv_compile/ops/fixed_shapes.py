@@ -9,18 +9,13 @@ here: whole numbers, exact below `2 ** 24` tokens.
 import torch
 from torch import Tensor
 
-from tgvkv_compile.ops.roles import Roles, forced_tokens
+from tgvkv_compile.ops.roles import Roles, forced_tokens, prefix_count
 
 _SMALLEST_NORMAL = 2.0**-126
 # From the exponent -126 every one up to 127 is reached by taking some of these, the largest first, and none above it.
 _EXPONENT_STEPS = (64, 64, 62, 32, 16, 8, 4, 2, 1)
 _MANTISSA_BITS = 23
 _LARGEST = torch.finfo(torch.float32).max
-
-
-def prefix_count(mask: Tensor) -> Tensor:
-    """How many are True up to and including each column: `[B, N]` float32 of `mask [B, N]` bool."""
-    return mask.to(torch.float32).cumsum(1)
 
 
 def retain_by_threshold(score: Tensor, roles: Roles, kept: Tensor, *, sink_tokens: int) -> Tensor:

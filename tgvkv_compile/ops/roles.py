@@ -1,4 +1,8 @@
-"""Which token is what: padding, vision, question."""
+"""Which token is what: padding, vision, question.
+
+Counts are prefix sums in float32, exact below `2 ** 24` tokens: the same functions stand in exported graphs, and TensorRT's
+CumSum takes floats only.
+"""
 
 from typing import NamedTuple
 
@@ -39,14 +43,18 @@ def token_roles(vision: Tensor, valid: Tensor | None) -> Roles:
     if valid is None:
         valid = torch.ones_like(vision)
     vision = vision & valid
-    positions = torch.where(valid, valid.to(torch.int64).cumsum(1) - 1, -1)
-    lengths = valid.to(torch.int64).sum(1)
-    index = torch.arange(vision.shape[1], device=vision.device)
-    last_vision = torch.where(vision, index, -1).amax(1, keepdim=True)
-    question = valid & (index > last_vision)
-    last = valid & (positions == lengths.unsqueeze(1) - 1)
-    question = question | (last & ~question.any(1, keepdim=True))
-    return Roles(valid, vision, question, positions, lengths)
+    counted = prefix_count(valid)
+    length = counted[:, -1:]
+    last_vision = torch.where(vision, counted, 0.0).amax(1, keepdim=True)
+    question = valid & (counted > last_vision)
+    question = question | (valid & (counted == length) & (last_vision == length))
+    positions = torch.where(valid, counted - 1.0, -1.0)
+    return Roles(valid, vision, question, positions.to(torch.int64), length.squeeze(1).to(torch.int64))
+
+
+def prefix_count(mask: Tensor) -> Tensor:
+    """How many are True up to and including each column: `[B, N]` float32 of `mask [B, N]` bool."""
+    return mask.to(torch.float32).cumsum(1)
 
 
 def forced_tokens(roles: Roles, *, sink_tokens: int) -> Tensor:

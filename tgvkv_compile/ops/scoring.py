@@ -1,7 +1,7 @@
 """Text-grounded scores of the prompt's tokens (paper sections 4.1 to 4.3; `docs/algorithm.md`, Prefill 1, 3, 4).
 
-Every score is made of sums over the rows of the head-averaged attention `A`. The formula stands in `_column_sums`,
-`question_weights`, `_vision_scores` and `finish`; [`scores_from_attention`][] calls them once over all rows, the op
+Every score is made of sums over the rows of the head-averaged attention `A`. The formula stands in `column_sums`,
+`question_weights`, `score_vision` and `finish`; [`scores_from_attention`][] calls them once over all rows, the op
 `tgvkv::prefill_scores` once per block of rows. A variant that is handed each row's log-sum-exp needs all columns of the
 question rows only: for the other rows `received` is read at text columns alone.
 """
@@ -52,9 +52,11 @@ def masked_softmax(logits: Tensor, visible: Tensor | None) -> Tensor:
 def _logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """`q @ k^T * scale`, `[B, H, R, S]` float32, of `q [B, H, R, D]` and `k [B, Hkv, S, D]`."""
     batch, heads, rows, dim = q.shape
-    kv_heads, keys = k.shape[1], k.shape[2]
-    grouped = (q.to(torch.float32) * scale).reshape(batch, kv_heads, heads // kv_heads * rows, dim)
-    return exact_matmul(grouped, k.to(torch.float32).transpose(2, 3)).reshape(batch, heads, rows, keys)
+    kv_heads = k.shape[1]
+    groups = heads // kv_heads
+    grouped = (q.to(torch.float32) * scale).reshape(batch, kv_heads, groups * rows, dim)
+    # Not one reshape: for a dynamic `rows` that is `keys` as well, torch.export takes it for a guard that it cannot solve.
+    return exact_matmul(grouped, k.to(torch.float32).transpose(2, 3)).unflatten(2, (groups, rows)).flatten(1, 2)
 
 
 def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -82,7 +84,7 @@ class Sums(NamedTuple):
     askers: Tensor
 
 
-def _column_sums(attention: Tensor, visible: Tensor, valid: Tensor, question: Tensor) -> Sums:
+def column_sums(attention: Tensor, visible: Tensor, valid: Tensor, question: Tensor) -> Sums:
     """Sums a block of rows: `attention [B, R, S]`, `visible [B | 1, R, S]`, `valid` and `question` `[B, R]` of rows.
 
     Elementwise products, not matmul: TF32 must not round the scores.
@@ -101,7 +103,7 @@ def question_weights(sums: Sums, question: Tensor) -> Tensor:
     return torch.where(question, sums.asked / sums.askers.clamp(min=1.0), 0.0)
 
 
-def _vision_scores(attention: Tensor, weights: Tensor) -> Tensor:
+def score_vision(attention: Tensor, weights: Tensor) -> Tensor:
     """`sum_j u_j * A[j, :]` over a block of rows: `attention [B, R, S]`, `weights [B, R]` of the rows -> `[B, S]`."""
     return (attention * weights.unsqueeze(2)).sum(1)
 
@@ -131,8 +133,8 @@ def scores_from_attention(attention: Tensor, visible: Tensor, roles: Roles) -> t
     """
     attention = attention.masked_fill(~visible, 0.0)
     rows = slice(attention.shape[2] - attention.shape[1], None)
-    sums = _column_sums(attention, visible, roles.valid[:, rows], roles.question[:, rows])
-    vision_scores = _vision_scores(attention, question_weights(sums, roles.question)[:, rows])
+    sums = column_sums(attention, visible, roles.valid[:, rows], roles.question[:, rows])
+    vision_scores = score_vision(attention, question_weights(sums, roles.question)[:, rows])
     return finish(sums, vision_scores, roles.vision, roles.valid)
 
 
@@ -229,7 +231,7 @@ def sum_rows(prompt: Prompt) -> Sums:
     for start in range(0, length, block) if prompt.lse is None else _asking(prompt, block):
         attention, visible = prompt.attention(start, min(start + block, length))
         rows = slice(start, start + attention.shape[1])
-        part = _column_sums(attention, visible, valid[:, rows], question[:, rows])
+        part = column_sums(attention, visible, valid[:, rows], question[:, rows])
         for accumulated, added in zip(total, part, strict=True):
             accumulated[:, : added.shape[1]] += added
     return total if prompt.lse is None else total._replace(received=_text_received(prompt))
@@ -244,7 +246,7 @@ def weigh_rows(prompt: Prompt, weights: Tensor) -> Tensor:
     for start in _asking(prompt, block):
         attention, _ = prompt.attention(start, min(start + block, length))
         rows = slice(start, start + attention.shape[1])
-        scores[:, : attention.shape[2]] += _vision_scores(attention, of_rows[:, rows])
+        scores[:, : attention.shape[2]] += score_vision(attention, of_rows[:, rows])
     return scores
 
 

@@ -1,0 +1,173 @@
+"""The rewritten graphs of an engine: the passes of fixed shapes, verified one by one."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from tgvkv_compile.errors import UnsupportedGraphError
+from tgvkv_compile.export.budget_plan import BudgetPlan
+from tgvkv_compile.export.families import MASK
+from tgvkv_compile.fx.environment import Environment
+from tgvkv_compile.fx.meta import fake_tensor
+from tgvkv_compile.fx.verify import verify
+from tgvkv_compile.ops.fixed_prefill import block_count
+from tgvkv_compile.passes.drop_assertions import drop_assertions
+from tgvkv_compile.passes.find_additions import find_additions
+from tgvkv_compile.passes.insert_fixed_decode import insert_fixed_decode
+from tgvkv_compile.passes.insert_fixed_eviction import insert_fixed_eviction
+from tgvkv_compile.passes.insert_fixed_scoring import insert_fixed_scoring
+from tgvkv_compile.passes.insert_gathers import insert_gathers
+from tgvkv_compile.pipeline import plan_of
+from tgvkv_compile.plan import Plan, render_misses
+
+
+def state_names(num_layers: int) -> list[str]:
+    """Names of the tensors that prefill returns behind the logits, and that decode takes, in order."""
+    of_layers = [f"{part}_{layer}" for layer in range(num_layers) for part in ("key", "value", "slot_position")]
+    return [*of_layers, "protect_from", "keep_rate", "lengths"]
+
+
+def rewrite_prefill(gm: GraphModule, inputs: Sequence[Tensor], plan: BudgetPlan, question_rows: int) -> None:
+    """Rewrites a traced prefill in place: merges, attention with scores, eviction.
+
+    Args:
+        gm: Of `traced_prefill`.
+        inputs: Its example inputs.
+        plan: The capacities.
+        question_rows: The most tokens of a question.
+
+    Raises:
+        UnsupportedGraphError: It holds something that fixed shapes do not allow.
+    """
+    environment = _adopted(gm, inputs)
+    found = plan_of(gm, frozenset())
+    _check(found, "prefill", plan.num_layers)
+    check_causal(gm, found, inputs)
+    with environment.tracing():
+        _step(gm, "insert_gathers", lambda: insert_gathers(gm, found, find_additions(gm)))
+        mask = next(iter(gm.graph.find_nodes(op="placeholder", target=MASK)))
+        blocks = block_count(plan.max_prompt)
+        scores = insert_fixed_scoring(gm, found, mask, blocks=blocks, question_rows=question_rows)
+        verify(gm, after="insert_fixed_scoring", pending=(scores.roles, *scores.mass, *scores.score))
+        evict = (plan.eviction, plan.capacities, plan.max_new_tokens)
+        _step(gm, "insert_fixed_eviction", lambda: insert_fixed_eviction(gm, found, scores, *evict))
+
+
+def rewrite_decode(gm: GraphModule, inputs: Sequence[Tensor], plan: BudgetPlan) -> dict[str, Tensor]:
+    """Rewrites a traced decode step in place.
+
+    Args:
+        gm: Of `traced_decode`.
+        inputs: Its example inputs.
+        plan: The capacities.
+
+    Returns:
+        Zeros of the new inputs' shapes, by name.
+    """
+    environment = _adopted(gm, inputs)
+    pasts = [node.name for node in gm.graph.find_nodes(op="placeholder") if node.name.startswith("past_")]
+    found = plan_of(gm, frozenset(pasts))
+    _check(found, "decode", plan.num_layers)
+    state = _empty_state(found, plan)
+    fake = {name: environment.fake_mode.from_tensor(value) for name, value in state.items()}
+    with environment.tracing():
+        _step(gm, "insert_fixed_decode", lambda: insert_fixed_decode(gm, found, plan.eviction, fake))
+    return state
+
+
+def _adopted(gm: GraphModule, inputs: Sequence[Tensor]) -> Environment:
+    drop_assertions(gm)
+    environment = Environment()
+    environment.adopt(gm, list(inputs))
+    verify(gm, after="drop_assertions")
+    return environment
+
+
+def _step(gm: GraphModule, name: str, run: Callable[[], None]) -> None:
+    run()
+    verify(gm, after=name)
+
+
+def _check(found: Plan, kind: str, layers: int) -> None:
+    if found.kind != kind:
+        misses = f"\n{render_misses(found.misses)}" if found.misses else ""
+        raise UnsupportedGraphError(f"the exported graph should be a {kind}, and is {found.kind}: {found.reason}{misses}")
+    if found.num_layers != layers:
+        raise UnsupportedGraphError(
+            f"the model has {found.num_layers} layers that evict, the budget plan has capacities for {layers}; make a plan for "
+            "this model"
+        )
+
+
+def _empty_state(found: Plan, plan: BudgetPlan) -> dict[str, Tensor]:
+    made: list[Tensor] = []
+    for site, slots in zip(found.sites, plan.capacities, strict=True):
+        for append in (site.key, site.value):
+            new = fake_tensor(append.new)
+            batch, heads, _, dim = new.shape
+            made.append(torch.zeros((batch, heads, slots, dim), dtype=new.dtype, device=new.device))
+        made.append(torch.full((batch, slots), -1, dtype=torch.int64, device=new.device))
+    per_layer = (batch, plan.num_layers)
+    made.append(torch.zeros(per_layer, dtype=torch.int64, device=new.device))
+    made.append(torch.ones(per_layer, dtype=torch.float32, device=new.device))
+    made.append(torch.ones((batch,), dtype=torch.int64, device=new.device))
+    return dict(zip(state_names(plan.num_layers), made, strict=True))
+
+
+def check_causal(gm: GraphModule, found: Plan, inputs: Sequence[Tensor]) -> None:
+    """Raises unless every layer sees the valid tokens up to itself, and no others: what the rewritten attention computes.
+
+    The masks are evaluated, on the example inputs and with a token of padding.
+
+    Raises:
+        UnsupportedGraphError: A layer has another mask (a sliding window, bidirectional images, ...).
+    """
+    names = [node.name for node in gm.graph.find_nodes(op="placeholder")]
+    masks = list(dict.fromkeys(site.mask for site in found.sites if site.mask is not None))
+    if not masks:
+        return
+    of_masks = _graph_of(gm, masks)
+    given = dict(zip(names, inputs, strict=True))
+    padded = given[MASK].clone()
+    padded[:, 0] = 0
+    for attention_mask in (given[MASK], padded):
+        valid = attention_mask != 0
+        length = valid.shape[1]
+        expected = torch.ones((length, length), dtype=torch.bool, device=valid.device).tril() & valid[:, None, None]
+        with torch.no_grad():
+            computed = of_masks(*{**given, MASK: attention_mask}.values())
+        for node, mask in zip(masks, computed, strict=True):
+            visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+            if not torch.equal((visible & valid[:, None, :, None]).expand_as(expected), expected & valid[:, None, :, None]):
+                raise UnsupportedGraphError(
+                    f"the attention mask %{node.name} is not the causal one: this export knows causal attention alone. "
+                    "torch.compile with tgvkv_backend takes other masks"
+                )
+
+
+def _graph_of(gm: GraphModule, nodes: list[Node]) -> GraphModule:
+    """The part of the graph that these nodes are computed by."""
+    graph = torch.fx.Graph()
+    copies: dict[Node, Node] = {}
+    graph.graph_copy(gm.graph, copies)
+    graph.output(tuple(copies[node] for node in nodes))
+    graph.eliminate_dead_code()
+    return GraphModule(gm, graph)
+
+
+def exported(
+    gm: GraphModule, inputs: Sequence[Tensor], shapes: Sequence[dict[int, Any] | None] | None
+) -> torch.export.ExportedProgram:
+    """The rewritten graph, traced down to aten operations.
+
+    Raises:
+        UnsupportedGraphError: It cannot be traced.
+    """
+    try:
+        with torch.no_grad():
+            return torch.export.export(gm, tuple(inputs), dynamic_shapes=None if shapes is None else tuple(shapes), strict=False)
+    except Exception as error:  # torch.export has no common class of errors
+        raise UnsupportedGraphError(f"torch.export cannot trace the rewritten graph: {error}") from error

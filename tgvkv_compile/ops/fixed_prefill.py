@@ -1,0 +1,146 @@
+"""A prefill for graphs whose shapes are fixed for good: attention with its scores, budgets that fit, packed layers.
+
+Rows are walked in blocks whose number is fixed and whose length follows the prompt, so that no `[N, N]` is held. A block's
+probabilities give its part of the output and of the sums that the scores are made of: engines have no attention that tells
+its log-sum-exp.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tgvkv_compile.config import EvictionConfig
+from tgvkv_compile.ops.budgeting import Allocation, allocate
+from tgvkv_compile.ops.capacities import fit_allocation
+from tgvkv_compile.ops.fixed_shapes import pack_columns
+from tgvkv_compile.ops.roles import Roles, prefix_count, token_roles, vision_count
+from tgvkv_compile.ops.scoring import (
+    Sums,
+    attention_probabilities,
+    column_sums,
+    exact_matmul,
+    finish,
+    question_weights,
+    score_vision,
+)
+
+BLOCK_ROWS = 1024
+"""Rows of the longest prompt that one block has."""
+
+
+class Scored(NamedTuple):
+    """A layer's attention and what it says of the tokens.
+
+    Attributes:
+        output: `[B, H, N, D]`, dtype of the query.
+        mass: float32 `[B]`, `m_l`.
+        score: float32 `[B, N]`, as of [`scores_from_attention`][tgvkv_compile.ops.scoring.scores_from_attention].
+    """
+
+    output: Tensor
+    mass: Tensor
+    score: Tensor
+
+
+def block_count(max_prompt: int) -> int:
+    """How many blocks the rows of a prompt are walked in; a prompt must have at least as many tokens."""
+    return -(-max_prompt // BLOCK_ROWS)
+
+
+def roles_from_mask(masks: tuple[Tensor, ...], attention_mask: Tensor) -> Roles:
+    """`token_roles` of merge masks, bool `[B, N, 1 | hidden]`, and `attention_mask [B, N]`, 0 at padding."""
+    vision = masks[0][:, :, 0]
+    for mask in masks[1:]:
+        vision = vision | mask[:, :, 0]
+    return token_roles(vision, attention_mask != 0)
+
+
+def attend_and_score(
+    query: Tensor, key: Tensor, value: Tensor, roles: Roles, scale: float, blocks: int, question_rows: int
+) -> Scored:
+    """Causal attention of a prompt, and the scores of [`prefill_scores`][tgvkv_compile.ops.scoring.prefill_scores].
+
+    All of it in float32, whatever the dtype of the model.
+
+    Args:
+        query: `[B, H, N, D]`.
+        key: `[B, Hkv, N, D]`.
+        value: `[B, Hkv, N, D]`.
+        roles: Of the `N` tokens; padding sees nothing and is not seen.
+        scale: What `q @ k` is multiplied by.
+        blocks: Of [`block_count`][], at most `N`.
+        question_rows: The most tokens that a question has, in samples with vision.
+    """
+    rows = query.shape[2] // blocks
+    outputs, parts = [], []
+    for block in range(blocks):
+        # The last block has no end: a slice up to the length would make its shape a minimum that exporters cannot solve.
+        output, sums = _block(query, key, value, roles, scale, block * rows, (block + 1) * rows if block < blocks - 1 else None)
+        outputs.append(output)
+        parts.append(sums)
+    sums = Sums(*(torch.stack(column).sum(0) for column in zip(*parts, strict=True)))
+    asked = _question_scores(query, key, roles, question_weights(sums, roles.question), scale, question_rows)
+    return Scored(torch.cat(outputs, dim=2), *finish(sums, asked, roles.vision, roles.valid))
+
+
+def _block(
+    query: Tensor, key: Tensor, value: Tensor, roles: Roles, scale: float, start: int, end: int | None
+) -> tuple[Tensor, Sums]:
+    """Rows from `start` to `end` on the keys before `end`: `(output [B, H, R, D], Sums [B, N])`."""
+    seen, later = roles, 0
+    if end is not None:
+        key, value, later = key[:, :, :end], value[:, :, :end], query.shape[2] - end
+        seen = roles._replace(valid=roles.valid[:, :end], positions=roles.positions[:, :end])
+    rows = slice(start or None, end)
+    query = query[:, :, rows]
+    visible = _visible(roles.positions[:, rows], seen)
+    probabilities = attention_probabilities(query, key, visible[:, None], scale)
+    grouped = probabilities.unflatten(1, (key.shape[1], -1))
+    output = exact_matmul(grouped, value.to(torch.float32).unsqueeze(2)).flatten(1, 2)
+    sums = column_sums(probabilities.mean(1), visible, roles.valid[:, rows], roles.question[:, rows])
+    if end is not None:
+        sums = Sums(*(torch.nn.functional.pad(part, (0, later)) for part in sums))
+    return output.to(query.dtype), sums
+
+
+def _visible(row_positions: Tensor, columns: Roles) -> Tensor:
+    """Rows at `row_positions [B, R]` see the valid `columns` up to themselves: bool `[B, R, S]`."""
+    return (columns.positions.unsqueeze(1) <= row_positions.unsqueeze(2)) & columns.valid.unsqueeze(1)
+
+
+def _question_scores(query: Tensor, key: Tensor, roles: Roles, weights: Tensor, scale: float, rows: int) -> Tensor:
+    """`s_v [B, N]`: the question's rows once more, weighed by `weights [B, N]`."""
+    columns, filled = pack_columns(roles.question, rows)
+    chosen = torch.where(filled, weights.gather(1, columns), 0.0)
+    positions = roles.positions.gather(1, columns)
+    index = columns[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+    asking = query.gather(2, index)
+    visible = _visible(positions, roles)
+    attention = attention_probabilities(asking, key, visible[:, None], scale).mean(1)
+    return score_vision(attention, chosen)
+
+
+def fit_layers(
+    mass: tuple[Tensor, ...], roles: Roles, capacities: tuple[int, ...], new_tokens: int, **options: object
+) -> Allocation:
+    """`allocate` from the layers' masses, `[B]` each, fitted into `capacities`; `options` are those of `EvictionConfig`."""
+    config = EvictionConfig(**options)  # type: ignore[arg-type]
+    numbers = vision_count(roles, config=config)
+    wanted = allocate(torch.stack(mass, dim=1), roles.lengths, numbers, config=config)
+    return fit_allocation(wanted, roles.lengths, capacities, new_tokens, config=config)
+
+
+def first_protected(keeps: tuple[Tensor, ...], roles: Roles) -> Tensor:
+    """int64 `[B, L]`: the first kept position of the question in each layer, where its protected suffix begins.
+
+    There is one: the last position is always kept and always in the question.
+
+    Args:
+        keeps: bool `[B, N]` per layer.
+        roles: Of the `N` tokens.
+    """
+    counted = prefix_count(roles.valid)
+    beyond = counted[:, -1:] + 1.0
+    found = [torch.where(keep & roles.question, counted, beyond).amin(1) for keep in keeps]
+    return (torch.stack(found, dim=1) - 1.0).to(torch.int64)

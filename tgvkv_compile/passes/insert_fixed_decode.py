@@ -1,0 +1,74 @@
+"""Insert fixed decode: one token over every layer's own slots, eviction included, for exported graphs."""
+
+from typing import Any
+
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from tgvkv_compile.config import EvictionConfig
+from tgvkv_compile.fx.insert import insert_call, insert_item, insert_placeholder
+from tgvkv_compile.fx.meta import output_nodes
+from tgvkv_compile.ops.fixed_decode import advance, fixed_decode_step, stack_layers
+from tgvkv_compile.ops.packing import of_layer
+from tgvkv_compile.passes.cached import drop_pasts, past_inputs
+from tgvkv_compile.plan import Plan
+
+
+def insert_fixed_decode(gm: GraphModule, plan: Plan, config: EvictionConfig, state: dict[str, Tensor]) -> None:
+    """Replaces append and attention of every layer by one step on its slots.
+
+    Before::
+
+        %keys_l   : [B, Hkv, S+1, D] = cat([%past_key_l, %k_l], dim=-2)
+        %values_l : [B, Hkv, S+1, D] = cat([%past_value_l, %v_l], dim=-2)
+        %out_l    : [B, H, 1, D]     = scaled_dot_product_attention(%q_l, %keys_l, %values_l, ...)
+        return (%logits, %keys_0, %values_0, ...)
+
+    After::
+
+        %key_l, %value_l, %slot_position_l, ..., %protect_from, %keep_rate, %lengths = placeholders
+        %tgvkv_step_l : Stepped      = fixed_decode_step(%q_l, %k_l, %v_l, %key_l, %value_l, %slot_position_l, ...)
+        %out_l        : [B, H, 1, D] = %tgvkv_step_l[0]
+        return (%logits, key_0, value_0, slot_position_0, ..., protect_from, advance(%lengths))
+
+    Requires: a decode plan of a graph whose first output is the logits. Ensures: no past of another length is an input any
+    more; nothing that comes in is written to.
+
+    Args:
+        gm: The graph.
+        plan: Its plan.
+        config: The eviction options.
+        state: Fake values of the new inputs, by name, in the order in which prefill returns them.
+    """
+    logits = output_nodes(gm)[0]
+    inputs = {name: insert_placeholder(gm, name, value) for name, value in state.items()}
+    protect, rate, lengths = inputs["protect_from"], inputs["keep_rate"], inputs["lengths"]
+    returned: list[Node] = [logits]
+    protected = []
+    for layer, site in enumerate(plan.sites):
+        with gm.graph.inserting_before(site.node):
+            own: Any = [insert_call(gm, of_layer, value, layer, name=f"tgvkv_{value.name}_{layer}") for value in (protect, rate)]
+            step = insert_call(
+                gm,
+                fixed_decode_step,
+                site.query,
+                site.key.new,
+                site.value.new,
+                *(inputs[f"{name}_{layer}"] for name in ("key", "value", "slot_position")),
+                *own,
+                lengths,
+                site.scale,
+                config.decode,
+                config.sink_tokens,
+                name=f"tgvkv_step_{layer}",
+            )
+            names = ("output", "next_key", "next_value", "next_slot_position", "next_protect_from")
+            out, *rest = (insert_item(gm, step, place, name=f"tgvkv_{name}_{layer}") for place, name in enumerate(names))
+        site.node.replace_all_uses_with(out)
+        returned += rest[:3]
+        protected.append(rest[3])
+    with gm.graph.inserting_before(gm.graph.output_node()):
+        following = insert_call(gm, stack_layers, tuple(protected), name="tgvkv_next_protect_from")
+        advanced = insert_call(gm, advance, lengths, name="tgvkv_next_lengths")
+    gm.graph.output_node().args = ((*returned, following, advanced),)
+    drop_pasts(gm, past_inputs(plan))

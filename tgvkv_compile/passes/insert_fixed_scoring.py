@@ -1,0 +1,59 @@
+"""Insert fixed scoring: attention and scores of an exported prefill, in blocks of rows."""
+
+from torch.fx import GraphModule, Node
+
+from tgvkv_compile.fx.insert import insert_call, insert_item
+from tgvkv_compile.ops.fixed_prefill import attend_and_score, roles_from_mask
+from tgvkv_compile.passes.inserted import Scores
+from tgvkv_compile.plan import Plan
+
+
+def insert_fixed_scoring(gm: GraphModule, plan: Plan, attention_mask: Node, *, blocks: int, question_rows: int) -> Scores:
+    """Replaces every attention by one that scores as well.
+
+    Before::
+
+        %out_l : [B, H, N, D] = scaled_dot_product_attention(%q_l, [repeat_kv](%keys_l), [repeat_kv](%values_l), %mask)
+
+    After::
+
+        %tgvkv_roles    : Roles  = roles_from_mask((%modality_mask,), %attention_mask)
+        %tgvkv_scored_l : Scored = attend_and_score(%q_l, %keys_l, %values_l, %tgvkv_roles, scale, blocks, question_rows)
+        %out_l          : [B, H, N, D] = %tgvkv_scored_l[0]
+
+    Requires: a prefill plan whose masks are causal among valid tokens: they are not read any more. Ensures: no node holds
+    `[.., N, N]`, and none has a shape that depends on data.
+
+    Args:
+        gm: The graph.
+        plan: Its plan.
+        attention_mask: int64 `[B, N]`, 0 at padding.
+        blocks: How many blocks of rows.
+        question_rows: The most tokens of a question.
+
+    Returns:
+        The inserted nodes, for the passes that follow.
+    """
+    assert plan.modality is not None
+    masses, scores = [], []
+    with gm.graph.inserting_before(plan.sites[0].node):
+        roles = insert_call(gm, roles_from_mask, tuple(plan.modality.masks), attention_mask, name="tgvkv_roles")
+    for layer, site in enumerate(plan.sites):
+        with gm.graph.inserting_before(site.node):
+            scored = insert_call(
+                gm,
+                attend_and_score,
+                site.query,
+                site.key.node,
+                site.value.node,
+                roles,
+                site.scale,
+                blocks,
+                question_rows,
+                name=f"tgvkv_scored_{layer}",
+            )
+            out = insert_item(gm, scored, 0, name=f"tgvkv_output_{layer}")
+            masses.append(insert_item(gm, scored, 1, name=f"tgvkv_mass_{layer}"))
+            scores.append(insert_item(gm, scored, 2, name=f"tgvkv_score_{layer}"))
+        site.node.replace_all_uses_with(out)
+    return Scores(roles, attention_mask, tuple(masses), tuple(scores))
