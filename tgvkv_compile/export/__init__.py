@@ -1,1 +1,20 @@
-"""Towards engines whose shapes are fixed for good: capacities per layer, and budgets fitted into them."""
+"""Engines whose shapes are fixed for good: ONNX and TensorRT, with eviction inside (`docs/export.md`)."""
+
+from tgvkv_compile.export.budget_plan import BudgetPlan
+from tgvkv_compile.export.calibrate import calibrate
+from tgvkv_compile.export.families import encode
+from tgvkv_compile.export.manifest import Manifest
+from tgvkv_compile.export.onnx_files import export_onnx
+from tgvkv_compile.export.onnx_generator import OnnxGenerator
+from tgvkv_compile.export.program import Programs, export_program
+
+__all__ = [
+    "BudgetPlan",
+    "Manifest",
+    "OnnxGenerator",
+    "Programs",
+    "calibrate",
+    "encode",
+    "export_onnx",
+    "export_program",
+]

@@ -109,7 +109,9 @@ def encode(model: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _needed(sample: Mapping[str, Any], name: str) -> Tensor:
     if not isinstance(sample.get(name), Tensor):
-        raise ConfigError(f"the sample inputs have no tensor {name!r}; give what the processor makes of a prompt with a picture")
+        raise ConfigError(
+            f"the sample inputs have no tensor {name!r}; give what the processor makes of a prompt with a picture"
+        )
     return sample[name]  # type: ignore[no-any-return]
 
 

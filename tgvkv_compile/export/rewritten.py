@@ -168,6 +168,8 @@ def exported(
     """
     try:
         with torch.no_grad():
-            return torch.export.export(gm, tuple(inputs), dynamic_shapes=None if shapes is None else tuple(shapes), strict=False)
+            return torch.export.export(
+                gm, tuple(inputs), dynamic_shapes=None if shapes is None else tuple(shapes), strict=False
+            )
     except Exception as error:  # torch.export has no common class of errors
         raise UnsupportedGraphError(f"torch.export cannot trace the rewritten graph: {error}") from error

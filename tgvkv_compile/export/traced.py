@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from tgvkv_compile.errors import UnsupportedGraphError
-from tgvkv_compile.export.families import FEATURES, GRID, IDS, MASK, PIXELS, POSITIONS, Family, features_given
+from tgvkv_compile.export.families import FEATURES, IDS, MASK, PIXELS, POSITIONS, Family, features_given
 from tgvkv_compile.ops.roles import prefix_count
 from tgvkv_compile.runtime.inspect import CACHE_NAMES
 
@@ -98,19 +98,21 @@ def traced_prefill(
     return _traced(call, tuple(inputs.values()), (tuple(shapes),), tuple(inputs))
 
 
-def traced_decode(model: Any, family: Family, like: Sequence[Tensor]) -> GraphModule:
-    """A decode step as a flat graph of `token`, `position`, `past_key_0`, `past_value_0`, ...
+def traced_decode(model: Any, family: Family, like: Sequence[Tensor]) -> tuple[GraphModule, tuple[Tensor, ...]]:
+    """A decode step as a flat graph of `token`, `position`, `past_key_0`, `past_value_0`, ..., and its example inputs.
 
     Args:
         model: In eval mode.
         family: Its family.
-        like: Keys and values of every layer in turn, `[B, Hkv, N, D]`, of whatever `N`.
+        like: Keys and values of every layer in turn, `[B, Hkv, N, D]`, of whatever `N`; may be fake.
     """
-    past = [tensor.new_zeros((*tensor.shape[:2], _PAST, tensor.shape[3])) for tensor in like]
-    # Two tensors: the same one twice would be traced as one input.
-    token, position = torch.zeros((2, like[0].shape[0], 1), dtype=torch.int64, device=like[0].device).unbind()
+    batch, device = like[0].shape[0], like[0].device
+    past = [torch.zeros((batch, entry.shape[1], _PAST, entry.shape[3]), dtype=entry.dtype, device=device) for entry in like]
     names = [f"past_{part}_{layer}" for layer in range(len(past) // 2) for part in ("key", "value")]
-    return _traced(_Decode(model, family), (token, position.clone(), *past), None, ("token", "position", *names))
+    # Two tensors: the same one twice would be traced as one input.
+    ids = [torch.zeros((batch, 1), dtype=torch.int64, device=device) for _ in range(2)]
+    inputs = (*ids, *past)
+    return _traced(_Decode(model, family), inputs, None, ("token", "position", *names)), inputs
 
 
 def _traced(module: torch.nn.Module, inputs: tuple[Tensor, ...], shapes: Any, names: Sequence[str]) -> GraphModule:

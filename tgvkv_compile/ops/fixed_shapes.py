@@ -44,6 +44,24 @@ def retain_by_threshold(score: Tensor, roles: Roles, kept: Tensor, *, sink_token
     return forced | (text & ~among_text) | _best(score, searched, wanted)
 
 
+def retain_layers(scores: tuple[Tensor, ...], roles: Roles, kept: Tensor, *, sink_tokens: int) -> tuple[Tensor, ...]:
+    """[`retain_by_threshold`][] of all layers at once: one search for all, so that its steps stand in a graph once.
+
+    Args:
+        scores: float32 `[B, N]` per layer.
+        roles: Of the `N` tokens.
+        kept: int64 `[B, L]`.
+        sink_tokens: As there.
+
+    Returns:
+        bool `[B, N]` per layer.
+    """
+    layers = len(scores)
+    repeated = Roles(*(field.repeat(layers, *(1,) * (field.dim() - 1)) for field in roles))
+    keep = retain_by_threshold(torch.cat(scores), repeated, kept.t().reshape(-1), sink_tokens=sink_tokens)
+    return keep.chunk(layers)
+
+
 def _best(score: Tensor, among: Tensor, count: Tensor) -> Tensor:
     """The `count [B, 1]` tokens with the highest scores `among [B, N]`; of equal scores the later positions."""
     ranked = torch.where(score.isnan(), 0.0, score).clamp(0.0, _LARGEST)

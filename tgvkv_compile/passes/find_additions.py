@@ -40,7 +40,11 @@ def find_additions(gm: GraphModule) -> tuple[FeatureAddition, ...]:
 
 
 def _match(node: Node) -> FeatureAddition | None:
-    if node.op != "call_function" or node.target is not torch.ops.aten.index_put.default or argument(node, 3, "accumulate", False):
+    if (
+        node.op != "call_function"
+        or node.target is not torch.ops.aten.index_put.default
+        or argument(node, 3, "accumulate", False)
+    ):
         return None
     hidden, mask, added = argument(node, 0, "self"), _only(argument(node, 1, "indices")), argument(node, 2, "values")
     if mask is None or not isinstance(added, Node) or op_kind(added) != "add":

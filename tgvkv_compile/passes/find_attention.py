@@ -67,7 +67,9 @@ def _match_sdpa(node: Node, appends: dict[Node, KVAppend]) -> AttentionSite | Mi
         return _miss(node, "attention dropout is on; call model.eval()")
     scale = argument(node, 6, "scale")
     if isinstance(scale, Node):
-        return _miss(node, f"its scale %{scale.name} is an input of the graph; set torch._dynamo.config.specialize_float = True")
+        return _miss(
+            node, f"its scale %{scale.name} is an input of the graph; set torch._dynamo.config.specialize_float = True"
+        )
     return AttentionSite(
         node,
         "sdpa",

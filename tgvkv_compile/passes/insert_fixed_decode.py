@@ -47,7 +47,9 @@ def insert_fixed_decode(gm: GraphModule, plan: Plan, config: EvictionConfig, sta
     protected = []
     for layer, site in enumerate(plan.sites):
         with gm.graph.inserting_before(site.node):
-            own: Any = [insert_call(gm, of_layer, value, layer, name=f"tgvkv_{value.name}_{layer}") for value in (protect, rate)]
+            own: Any = [
+                insert_call(gm, of_layer, value, layer, name=f"tgvkv_{value.name}_{layer}") for value in (protect, rate)
+            ]
             step = insert_call(
                 gm,
                 fixed_decode_step,

@@ -8,8 +8,7 @@ from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.fx.insert import insert_call, insert_item
 from tgvkv_compile.fx.meta import output_nodes
 from tgvkv_compile.ops.fixed_prefill import first_protected, fit_layers
-from tgvkv_compile.ops.fixed_shapes import pack_layer, retain_by_threshold
-from tgvkv_compile.ops.packing import of_layer
+from tgvkv_compile.ops.fixed_shapes import pack_layer, retain_layers
 from tgvkv_compile.passes.inserted import Scores
 from tgvkv_compile.plan import Plan
 
@@ -26,9 +25,9 @@ def insert_fixed_eviction(
     After::
 
         %tgvkv_budgets  : (i64[B, L], f32[B, L])      = fit_layers((%tgvkv_mass_0, ...), %tgvkv_roles, capacities, new_tokens)
-        %tgvkv_keep_l   : b8[B, N]                    = retain_by_threshold(%tgvkv_score_l, %tgvkv_roles, kept[:, l])
-        %tgvkv_packed_l : (K, V, slot_position)       = pack_layer(%keys_l, %values_l, positions, %tgvkv_keep_l, C_l)
-        %tgvkv_protect_from : i64[B, L]               = first_protected((%tgvkv_keep_0, ...), %tgvkv_roles)
+        %tgvkv_keep     : b8[B, N] * L                = retain_layers((%tgvkv_score_0, ...), %tgvkv_roles, kept)
+        %tgvkv_packed_l : (K, V, slot_position)       = pack_layer(%keys_l, %values_l, positions, %tgvkv_keep[l], C_l)
+        %tgvkv_protect_from : i64[B, L]               = first_protected(%tgvkv_keep, %tgvkv_roles)
         return (%logits, K_0, V_0, slot_position_0, ..., %tgvkv_protect_from, rate, lengths)
 
     Requires: `insert_fixed_scoring` ran. Ensures: the cache that is returned has the plan's capacities and no more.
@@ -51,16 +50,14 @@ def insert_fixed_eviction(
         positions, lengths = (
             insert_item(gm, scores.roles, place, name=name) for place, name in ((3, "tgvkv_positions"), (4, "tgvkv_lengths"))
         )
+        ranked = (scores.score, scores.roles, kept)
+        keeps = insert_call(gm, retain_layers, *ranked, name="tgvkv_keep", sink_tokens=config.sink_tokens)
         returned: list[Node] = [logits]
-        keeps = []
         for layer, site in enumerate(plan.sites):
-            count = insert_call(gm, of_layer, kept, layer, name=f"tgvkv_kept_{layer}")
-            ranked = (scores.score[layer], scores.roles, count)
-            keep = insert_call(gm, retain_by_threshold, *ranked, name=f"tgvkv_keep_{layer}", sink_tokens=config.sink_tokens)
-            keeps.append(keep)
+            keep = insert_item(gm, keeps, layer, name=f"tgvkv_keep_{layer}")
             kv = (site.key.node, site.value.node)
             packed = insert_call(gm, pack_layer, *kv, positions, keep, capacities[layer], name=f"tgvkv_packed_{layer}")
             names = (f"tgvkv_key_{layer}", f"tgvkv_value_{layer}", f"tgvkv_slots_{layer}")
             returned += [insert_item(gm, packed, place, name=name) for place, name in enumerate(names)]
-        protect = insert_call(gm, first_protected, tuple(keeps), scores.roles, name="tgvkv_protect_from")
+        protect = insert_call(gm, first_protected, keeps, scores.roles, name="tgvkv_protect_from")
     gm.graph.output_node().args = ((*returned, protect, rate, lengths),)

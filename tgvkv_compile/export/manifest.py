@@ -1,0 +1,133 @@
+"""What an exported model is and takes: everything that whoever runs its engines must know."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from tgvkv_compile.errors import ConfigError
+from tgvkv_compile.export.budget_plan import BudgetPlan
+
+MANIFEST = "manifest.json"
+PROMPT = "prompt"
+"""How a shape names the dimension that is as long as the prompt."""
+_FORMAT = "tgvkv-export-1"
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """An input or output of an engine.
+
+    Attributes:
+        name: Its name.
+        shape: Ints, and `"prompt"` where it is as long as the prompt.
+        dtype: As torch names it: `"float32"`, `"int64"`, ...
+    """
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """One of the two engines: its file's name, once there is one, its inputs and its outputs, in order."""
+
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """An exported model.
+
+    Attributes:
+        model_type: transformers' name of the architecture.
+        batch_size: B.
+        min_prompt: The fewest tokens of a prompt.
+        max_question: The most tokens behind a sample's last picture.
+        vision_tokens: How many vision tokens the prompts of a batch have together: a row of features for each.
+        vision_token_ids: Tokens that stand for them.
+        position_rows: Rows of the rotary positions that are given; 0 where they follow from the mask.
+        constants: Inputs of the model that are part of the engines, and their values.
+        eos_token_ids: Tokens that end an answer.
+        pad_token_id: What stands behind the end of an answer that is shorter than others of its batch.
+        plan: Capacities and eviction options; the longest prompt and the most decode steps.
+        prefill: `(tokens, mask, pictures) -> (logits [B, vocabulary], compact cache)`.
+        decode: `(token, position, compact cache) -> (logits [B, vocabulary], compact cache)`.
+        versions: Of the packages that made it.
+    """
+
+    model_type: str
+    batch_size: int
+    min_prompt: int
+    max_question: int
+    vision_tokens: int
+    vision_token_ids: tuple[int, ...]
+    position_rows: int
+    constants: dict[str, list[Any]]
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+    plan: BudgetPlan
+    prefill: Engine
+    decode: Engine
+    versions: dict[str, str]
+
+    @property
+    def max_prompt(self) -> int:
+        """The most tokens of a prompt."""
+        return self.plan.max_prompt
+
+    def cache_bytes(self) -> int:
+        """What the compact cache occupies between two steps, slot positions included: fixed by the plan."""
+        sizes = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
+        total = 0
+        for spec in self.decode.inputs:
+            if spec.name.startswith(("key_", "value_", "slot_position_")):
+                count = 1
+                for length in spec.shape:
+                    count *= int(length)
+                total += count * sizes[spec.dtype]
+        return total
+
+    def write(self, folder: Path) -> None:
+        """Writes `manifest.json`."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        text = {"format": _FORMAT, **fields, "plan": json.loads(self.plan.to_json())}
+        for name in ("prefill", "decode"):
+            text[name] = dataclasses.asdict(fields[name])
+        (folder / MANIFEST).write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """Reads what `write` wrote.
+
+        Raises:
+            ConfigError: There is none, or it is not of this version.
+        """
+        path = folder / MANIFEST
+        try:
+            read: Any = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"there is no {path}; give the folder that export_onnx or export_tensorrt wrote") from None
+        except ValueError as error:
+            raise ConfigError(f"{path} is not JSON ({error}); export the model again") from None
+        if not isinstance(read, dict) or read.pop("format", None) != _FORMAT:
+            raise ConfigError(f"{path} is not of the format {_FORMAT!r}; export the model again with this version")
+        try:
+            read["plan"] = BudgetPlan.from_json(json.dumps(read["plan"]))
+            for name in ("prefill", "decode"):
+                read[name] = _engine(read[name])
+            for name in ("vision_token_ids", "eos_token_ids"):
+                read[name] = tuple(read[name])
+            return cls(**read)
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"{path} lacks, or has too many, fields ({error}); export the model again") from None
+
+
+def _engine(read: dict[str, Any]) -> Engine:
+    def specs(listed: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
+        return tuple(TensorSpec(entry["name"], tuple(entry["shape"]), entry["dtype"]) for entry in listed)
+
+    return Engine(read["file"], specs(read["inputs"]), specs(read["outputs"]))

@@ -1,0 +1,91 @@
+"""An exported model as ONNX files that ONNX Runtime runs and that TensorRT's parser takes."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tgvkv_compile.errors import ConfigError, UnsupportedGraphError
+from tgvkv_compile.export.manifest import Engine, Manifest
+from tgvkv_compile.export.program import Say, export_program
+
+OPSET = 20
+"""The newest that TensorRT 10's parser takes."""
+PREFILL, DECODE = "prefill.onnx", "decode.onnx"
+
+
+def export_onnx(
+    model: Any,
+    sample_inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    directory: str | Path,
+    budget: float | int = 0.05,
+    max_new_tokens: int = 128,
+    **options: Any,
+) -> Manifest:
+    """Writes `prefill.onnx`, `decode.onnx` (weights beside them in `.data` files) and `manifest.json`.
+
+    Args:
+        model: As for [`export_program`][tgvkv_compile.export.program.export_program], and so are the others.
+        sample_inputs: As there.
+        directory: Where to; it is made. Files of an earlier export in it are replaced.
+        budget: As there.
+        max_new_tokens: As there.
+        **options: As there.
+
+    Returns:
+        What `manifest.json` says.
+
+    Raises:
+        ConfigError: An option cannot be used, or the packages for ONNX are not installed.
+        UnsupportedGraphError: The model cannot be exported.
+    """
+    onnx = _onnx()
+    folder = Path(directory)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"directory={str(directory)!r} is a file; give a folder to write to")
+    say: Say = options.get("say") or (lambda _: None)
+    programs = export_program(model, sample_inputs, budget, max_new_tokens, **options)
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest = programs.manifest
+    engines = {}
+    for name, file, engine in (("prefill", PREFILL, manifest.prefill), ("decode", DECODE, manifest.decode)):
+        say(f"writing {file}")
+        write_onnx(getattr(programs, name), engine, folder / file)
+        onnx.checker.check_model(str(folder / file), full_check=True)
+        engines[name] = dataclasses.replace(engine, file=file)
+    manifest = dataclasses.replace(manifest, **engines)
+    manifest.write(folder)
+    return manifest
+
+
+def write_onnx(program: torch.export.ExportedProgram, engine: Engine, path: Path) -> None:
+    """Writes a program, its inputs and outputs named as the engine says.
+
+    Raises:
+        UnsupportedGraphError: An operation has no counterpart in ONNX.
+    """
+    try:
+        made = torch.onnx.export(
+            program,
+            input_names=[spec.name for spec in engine.inputs],
+            output_names=[spec.name for spec in engine.outputs],
+            opset_version=OPSET,
+            dynamo=True,
+            external_data=True,
+            verbose=False,
+        )
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise UnsupportedGraphError(f"torch.onnx cannot write {path.name}: {error}") from error
+    assert made is not None
+    made.save(str(path), external_data=True)
+
+
+def _onnx() -> Any:
+    try:
+        import onnx
+        import onnxscript  # noqa: F401  # torch.onnx needs it
+    except ImportError as error:
+        raise ConfigError(f"export to ONNX needs {error.name}: pip install 'tgvkv-compile[onnx]'") from error
+    return onnx

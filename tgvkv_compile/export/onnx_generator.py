@@ -1,0 +1,128 @@
+"""Runs `prefill.onnx` and `decode.onnx` on ONNX Runtime. The cache stays in its buffers: no step copies it."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from tgvkv_compile.errors import CacheError, ConfigError
+from tgvkv_compile.export.generator import Generator
+from tgvkv_compile.export.manifest import TensorSpec
+
+_CPU = ("CPUExecutionProvider",)
+_PING_PONG = ("protect_from", "lengths")  # a step still reads them after it has written their successors
+
+
+class OnnxGenerator(Generator):
+    """`OnnxGenerator(directory).generate(**inputs, max_new_tokens=...)`.
+
+    Keys, values and slot positions are bound as inputs and as outputs to the same memory: a step reads each of them once,
+    where it writes the new entry, and goes on with what it has written.
+    """
+
+    def __init__(self, directory: str | Path, *, providers: Sequence[str] = _CPU, session_options: Any | None = None) -> None:
+        """Loads the engines.
+
+        Args:
+            directory: What `export_onnx` wrote.
+            providers: Execution providers of ONNX Runtime, the first that can run an operator runs it.
+            session_options: `onnxruntime.SessionOptions`, for its threads and the like.
+
+        Raises:
+            ConfigError: There is no export in it, ONNX Runtime is not installed, or lacks a provider.
+        """
+        super().__init__(directory)
+        self._runtime = runtime = _onnxruntime()
+        lacking = [name for name in providers if name not in runtime.get_available_providers()]
+        if lacking:
+            raise ConfigError(f"ONNX Runtime has no {', '.join(lacking)} here; it has {runtime.get_available_providers()}")
+        self._device = "cuda" if providers[0].startswith(("CUDA", "Tensorrt")) else "cpu"
+        files = (self.manifest.prefill.file, self.manifest.decode.file)
+        missing = [file for file in files if not (self.folder / file).is_file()]
+        if missing:
+            raise ConfigError(f"{self.folder} lacks {', '.join(missing)}; export the model again")
+        self._prefill, self._decode = (
+            runtime.InferenceSession(str(self.folder / file), session_options, providers=list(providers)) for file in files
+        )
+        self._state: dict[str, Any] = {}
+        self._steps: list[Any] = []
+        self._taken = 0
+
+    def prefill(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """See `Generator.prefill`."""
+        self._state, self._steps, self._taken = {}, [], 0
+        binding = self._prefill.io_binding()
+        for name, tensor in inputs.items():
+            binding.bind_cpu_input(name, _numpy(tensor))
+        for spec in self.manifest.prefill.outputs:
+            binding.bind_output(spec.name, "cpu" if spec.name == "logits" else self._device)
+        self._prefill.run_with_iobinding(binding)
+        found = dict(zip((spec.name for spec in self.manifest.prefill.outputs), binding.get_outputs(), strict=True))
+        logits = found.pop("logits")
+        self._state = {name.removeprefix("next_"): value for name, value in found.items()}
+        return torch.from_numpy(logits.numpy()).to(torch.float32)
+
+    def decode(self, token: Tensor, position: Tensor) -> Tensor:
+        """See `Generator.decode`.
+
+        Raises:
+            CacheError: There was no prefill, or more steps than the engines have room for.
+        """
+        if not self._state:
+            raise CacheError("decode without a prefill: there is no cache yet")
+        if self._taken >= self.manifest.plan.max_new_tokens:
+            raise CacheError(
+                f"{self._taken} decode steps were taken, the engines have room for no more; export with more max_new_tokens"
+            )
+        if not self._steps:
+            self._steps = self._bound_steps()
+        binding, logits = self._steps[self._taken % 2]
+        binding.bind_cpu_input("token", _numpy(token))
+        binding.bind_cpu_input("position", _numpy(position))
+        self._decode.run_with_iobinding(binding)
+        self._taken += 1
+        return torch.from_numpy(logits.numpy()).to(torch.float32)
+
+    def _bound_steps(self) -> list[Any]:
+        """Two bindings in turn: what one writes of the small tensors the other reads; the large ones are the same in both."""
+        specs = {spec.name.removeprefix("next_"): spec for spec in self.manifest.decode.outputs}
+        other = {**self._state, **{name: self._empty(specs[name]) for name in _PING_PONG}}
+        bound = []
+        for reads, writes in ((self._state, other), (other, self._state)):
+            logits = self._empty(specs["logits"], "cpu")
+            binding = self._decode.io_binding()
+            for name, value in reads.items():
+                binding.bind_ortvalue_input(name, value)
+            for name, spec in specs.items():
+                binding.bind_ortvalue_output(spec.name, logits if name == "logits" else writes[name])
+            bound.append((binding, logits))
+        return bound
+
+    def _empty(self, spec: TensorSpec, device: str | None = None) -> Any:
+        return self._runtime.OrtValue.ortvalue_from_shape_and_type(
+            list(spec.shape), numpy.dtype(spec.dtype).type, device or self._device
+        )
+
+    def slot_positions(self) -> tuple[Tensor, ...]:
+        """See `Generator.slot_positions`."""
+        names = [f"slot_position_{layer}" for layer in range(self.manifest.plan.num_layers)]
+        return tuple(torch.from_numpy(self._state[name].numpy()) for name in names)
+
+    def cache_bytes(self) -> int:
+        """What the buffers of the cache hold, all of them: 0 before a prefill."""
+        return sum(value.tensor_size_in_bytes() for value in self._state.values())
+
+
+def _numpy(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().numpy()
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ConfigError("running ONNX files needs ONNX Runtime: pip install onnxruntime (or onnxruntime-gpu)") from error
+    return onnxruntime

@@ -1,0 +1,224 @@
+"""A model as two exported programs: prefill and decode, with eviction inside and shapes that are fixed for good."""
+
+import dataclasses
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tgvkv_compile.backend import dynamo
+from tgvkv_compile.config import SINK_TOKENS, Budgeting, BudgetOf, DecodeMode, check_count
+from tgvkv_compile.errors import ConfigError
+from tgvkv_compile.export.budget_plan import BudgetPlan
+from tgvkv_compile.export.calibrate import calibrate
+from tgvkv_compile.export.families import IDS, MASK, POSITIONS, Family, constants_of, engine_inputs, family_of
+from tgvkv_compile.export.manifest import PROMPT, Engine, Manifest, TensorSpec
+from tgvkv_compile.export.rewritten import exported, rewrite_decode, rewrite_prefill
+from tgvkv_compile.export.traced import traced_decode, traced_prefill
+from tgvkv_compile.fx.meta import fake_tensor, output_nodes
+from tgvkv_compile.ops.fixed_prefill import BLOCK_ROWS, block_count
+
+Say = Callable[[str], None]
+_VISION_TOKENS = ("image_token_id", "image_token_index")
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """`prefill, decode = export_program(...)`, and what goes with them.
+
+    Attributes:
+        prefill: `(input_ids, attention_mask, pictures ...) -> (logits, key_0, value_0, slot_position_0, ..., protect_from,
+            keep_rate, lengths)`.
+        decode: `(token, position, key_0, ..., lengths) -> (logits, key_0, ..., protect_from, lengths)`; `keep_rate` stays.
+        manifest: What they take.
+        prefill_inputs: The sample's inputs of `prefill`, in order.
+        decode_inputs: Empty inputs of `decode`, in order.
+    """
+
+    prefill: torch.export.ExportedProgram
+    decode: torch.export.ExportedProgram
+    manifest: Manifest
+    prefill_inputs: tuple[Tensor, ...]
+    decode_inputs: tuple[Tensor, ...]
+
+    def __iter__(self) -> Iterator[torch.export.ExportedProgram]:
+        yield self.prefill
+        yield self.decode
+
+    @property
+    def plan(self) -> BudgetPlan:
+        """The capacities."""
+        return self.manifest.plan
+
+
+def export_program(
+    model: Any,
+    sample_inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    budget: float | int = 0.05,
+    max_new_tokens: int = 128,
+    plan: BudgetPlan | None = None,
+    *,
+    max_prompt: int | None = None,
+    max_question: int | None = None,
+    fixed_prompt: bool = False,
+    slack: float = 0.25,
+    budget_of: BudgetOf = "all",
+    budgeting: Budgeting = "tvb",
+    decode: DecodeMode = "ratio",
+    sink_tokens: int = SINK_TOKENS,
+    say: Say | None = None,
+) -> Programs:
+    """Exports a model as prefill and decode. The model stays as it is.
+
+    Batch size and number of vision tokens are the sample's; the length of a prompt is free up to the longest.
+
+    Args:
+        model: A transformers model of a family that can be exported (`export.families`); it may be compiled.
+        sample_inputs: What the processor makes of a prompt with pictures; of several, the first is traced and all are
+            calibrated on.
+        budget: As for `tgvkv_backend`, and so are `budget_of`, `budgeting`, `decode` and `sink_tokens`.
+        max_new_tokens: The most decode steps.
+        plan: Capacities; by default `calibrate` makes them of the samples. It brings budget, eviction options, longest prompt
+            and decode steps: give none of these beside it.
+        max_prompt: The longest prompt in tokens; the longest sample's by default.
+        max_question: The most tokens behind the last picture; by default the longest prompt's length, 1024 at most.
+        fixed_prompt: All prompts are padded to the longest one, for targets without dynamic shapes.
+        slack: As for `calibrate`.
+        budget_of: Of what the budget is a fraction.
+        budgeting: How layers share it.
+        decode: What decoding evicts.
+        sink_tokens: How many first tokens are always kept.
+        say: Told what is being done.
+
+    Returns:
+        The programs; unpacks into prefill and decode.
+
+    Raises:
+        ConfigError: An option is out of range, or a sample lacks something.
+        UnsupportedGraphError: The model cannot be exported.
+    """
+    say = say or (lambda _: None)
+    model = dynamo.module_of(model)
+    if model.training:
+        raise ConfigError(f"{type(model).__name__} is in training mode; call model.eval() first")
+    family = family_of(model)
+    samples = [sample_inputs] if isinstance(sample_inputs, Mapping) else list(sample_inputs)
+    if plan is None:
+        say("calibrating: what the layers want of the samples")
+        options: dict[str, Any] = {"budget_of": budget_of, "budgeting": budgeting, "decode": decode, "sink_tokens": sink_tokens}
+        plan = calibrate(model, samples, budget, max_new_tokens=max_new_tokens, slack=slack, max_prompt=max_prompt, **options)
+    elif max_prompt is not None:
+        raise ConfigError(f"max_prompt={max_prompt} and a plan were given; the plan says {plan.max_prompt}: give one of them")
+    inputs = engine_inputs(model, family, samples[0])
+    constants = constants_of(family, samples[0])
+    question = min(plan.max_prompt, BLOCK_ROWS) if max_question is None else max_question
+    check_count("max_question", question, minimum=1)
+    if fixed_prompt:
+        inputs = padded(inputs, plan.max_prompt)
+    least = inputs[IDS].shape[1] if fixed_prompt else 2 * block_count(plan.max_prompt)
+    _check_length(inputs[IDS].shape[1], least, plan)
+    free = None if least == plan.max_prompt else torch.export.Dim(PROMPT, min=least, max=plan.max_prompt)
+    shapes = [None if free is None or (dim := prompt_dim(name)) is None else {dim: free} for name in inputs]
+    say("tracing the prefill")
+    prefill = traced_prefill(model, family, inputs, constants, shapes)
+    _, *entries = (fake_tensor(node) for node in output_nodes(prefill))
+    say("tracing a decode step")
+    step, step_inputs = traced_decode(model, family, entries)
+    say("rewriting both")
+    rewrite_prefill(prefill, list(inputs.values()), plan, question)
+    state = rewrite_decode(step, step_inputs, plan)
+    decode_inputs = dict(zip(("token", "position"), step_inputs, strict=False), **state)
+    say("exporting the prefill")
+    prefill_program = exported(prefill, list(inputs.values()), shapes)
+    say("exporting the decode step")
+    decode_program = exported(step, list(decode_inputs.values()), None)
+    names = list(state)
+    manifest = Manifest(
+        **_facts(model, family, inputs, constants),
+        min_prompt=least,
+        max_question=question,
+        plan=plan,
+        prefill=Engine("", _inputs(inputs, free is not None), _outputs(prefill_program, names)),
+        decode=Engine("", _inputs(decode_inputs, False), _outputs(decode_program, [n for n in names if n != "keep_rate"])),
+        versions=versions(),
+    )
+    return Programs(prefill_program, decode_program, manifest, tuple(inputs.values()), tuple(decode_inputs.values()))
+
+
+def prompt_dim(name: str) -> int | None:
+    """Which dimension of a prefill's input is as long as the prompt."""
+    return {IDS: 1, MASK: 1, POSITIONS: 2}.get(name)
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that an export depends on, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for package in ("tgvkv-compile", "torch", "transformers", "onnx", "onnxscript", "torch-tensorrt"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _check_length(length: int, least: int, plan: BudgetPlan) -> None:
+    if not least <= length <= plan.max_prompt:
+        raise ConfigError(
+            f"the sample's prompt has {length} tokens, the plan is for prompts of {least} to {plan.max_prompt}; give a sample "
+            "in between, or another max_prompt"
+        )
+
+
+def padded(inputs: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
+    """The inputs of a prefill, padded on the left to `length` tokens."""
+    made = {}
+    for name, tensor in inputs.items():
+        if prompt_dim(name) is not None and tensor.shape[-1] < length:
+            tensor = torch.nn.functional.pad(tensor, (length - tensor.shape[-1], 0))
+        made[name] = tensor
+    return made
+
+
+def _facts(model: Any, family: Family, inputs: Mapping[str, Tensor], constants: dict[str, list[Any]]) -> dict[str, Any]:
+    generation = model.generation_config
+    eos = generation.eos_token_id
+    ends = tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (int(eos),)
+    pad = generation.pad_token_id
+    vision = next(int(found) for name in _VISION_TOKENS if (found := getattr(model.config, name, None)) is not None)
+    return {
+        "model_type": model.config.model_type,
+        "batch_size": inputs[IDS].shape[0],
+        "vision_tokens": int(((inputs[IDS] == vision) & (inputs[MASK] != 0)).sum()),
+        "vision_token_ids": (vision,),
+        "position_rows": family.position_rows,
+        "constants": constants,
+        "eos_token_ids": ends,
+        "pad_token_id": int(pad) if pad is not None else ends[0] if ends else 0,
+    }
+
+
+def _inputs(tensors: Mapping[str, Tensor], free: bool) -> tuple[TensorSpec, ...]:
+    specs = []
+    for name, tensor in tensors.items():
+        shape: list[int | str] = list(tensor.shape)
+        if free and (dim := prompt_dim(name)) is not None:
+            shape[dim] = PROMPT
+        specs.append(TensorSpec(name, tuple(shape), _dtype(tensor)))
+    return tuple(specs)
+
+
+def _outputs(program: torch.export.ExportedProgram, state: Sequence[str]) -> tuple[TensorSpec, ...]:
+    """Outputs by the names of the inputs that they become, `next_` in front."""
+    values = [fake_tensor(node) for node in output_nodes(program.graph_module)]
+    names = ["logits", *(f"next_{name}" for name in state)]
+    return tuple(
+        TensorSpec(name, tuple(int(length) for length in value.shape), _dtype(value))
+        for name, value in zip(names, values, strict=True)
+    )
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
