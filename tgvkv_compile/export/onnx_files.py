@@ -49,7 +49,7 @@ def export_onnx(
     programs = export_program(model, sample_inputs, budget, max_new_tokens, **options)
     folder.mkdir(parents=True, exist_ok=True)
     manifest = programs.manifest
-    engines = {}
+    engines: dict[str, Any] = {}
     for name, file, engine in (("prefill", PREFILL, manifest.prefill), ("decode", DECODE, manifest.decode)):
         say(f"writing {file}")
         write_onnx(getattr(programs, name), engine, folder / file)

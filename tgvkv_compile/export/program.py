@@ -1,5 +1,6 @@
 """A model as two exported programs: prefill and decode, with eviction inside and shapes that are fixed for good."""
 
+import contextlib
 import dataclasses
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -157,10 +158,8 @@ def versions() -> dict[str, str]:
     """Of the packages that an export depends on, as far as they are installed."""
     found = {"python": platform.python_version()}
     for package in ("tgvkv-compile", "torch", "transformers", "onnx", "onnxscript", "torch-tensorrt"):
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 

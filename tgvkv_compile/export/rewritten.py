@@ -72,7 +72,7 @@ def rewrite_decode(gm: GraphModule, inputs: Sequence[Tensor], plan: BudgetPlan) 
     found = plan_of(gm, frozenset(pasts))
     _check(found, "decode", plan.num_layers)
     state = _empty_state(found, plan)
-    fake = {name: environment.fake_mode.from_tensor(value) for name, value in state.items()}
+    fake: dict[str, Tensor] = {name: environment.fake_mode.from_tensor(value) for name, value in state.items()}
     with environment.tracing():
         _step(gm, "insert_fixed_decode", lambda: insert_fixed_decode(gm, found, plan.eviction, fake))
     return state

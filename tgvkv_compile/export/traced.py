@@ -58,7 +58,7 @@ class _Decode(torch.nn.Module):
     def forward(self, token: Tensor, position: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
         cache = DynamicCache()
         for key, value in zip(past[::2], past[1::2], strict=True):
-            layer = DynamicLayer()
+            layer = DynamicLayer()  # type: ignore[no-untyped-call]
             layer.lazy_initialization(key, value)
             layer.keys, layer.values = key, value
             cache.layers.append(layer)

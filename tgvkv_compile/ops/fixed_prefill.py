@@ -96,7 +96,8 @@ def _block(
     query = query[:, :, rows]
     visible = _visible(roles.positions[:, rows], seen)
     probabilities = attention_probabilities(query, key, visible[:, None], scale)
-    grouped = probabilities.unflatten(1, (key.shape[1], -1))
+    batch, heads, count, columns = probabilities.shape
+    grouped = probabilities.view(batch, key.shape[1], heads // key.shape[1], count, columns)
     output = exact_matmul(grouped, value.to(torch.float32).unsqueeze(2)).flatten(1, 2)
     sums = column_sums(probabilities.mean(1), visible, roles.valid[:, rows], roles.question[:, rows])
     if end is not None:

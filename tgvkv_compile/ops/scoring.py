@@ -56,7 +56,8 @@ def _logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
     groups = heads // kv_heads
     grouped = (q.to(torch.float32) * scale).reshape(batch, kv_heads, groups * rows, dim)
     # Not one reshape: for a dynamic `rows` that is `keys` as well, torch.export takes it for a guard that it cannot solve.
-    return exact_matmul(grouped, k.to(torch.float32).transpose(2, 3)).unflatten(2, (groups, rows)).flatten(1, 2)
+    logits = exact_matmul(grouped, k.to(torch.float32).transpose(2, 3))
+    return logits.view(batch, kv_heads, groups, rows, k.shape[2]).flatten(1, 2)
 
 
 def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
