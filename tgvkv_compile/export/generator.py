@@ -11,7 +11,6 @@ from torch import Tensor
 from tgvkv_compile.errors import ConfigError, PaddingError
 from tgvkv_compile.export.families import IDS, MASK, POSITIONS
 from tgvkv_compile.export.manifest import PROMPT, Manifest
-from tgvkv_compile.export.program import padded
 
 _UNUSED = ("mm_token_type_ids", "token_type_ids")  # what processors give and no engine reads
 
@@ -147,8 +146,7 @@ class Generator(abc.ABC):
         if POSITIONS in given:
             given[POSITIONS] = given[POSITIONS][-self.manifest.position_rows :]
         self._check_prompt(given)
-        if known[IDS].shape[1] != PROMPT:
-            given = padded(given, self.manifest.max_prompt)
+        given = self.manifest.prompt_lengths.pad(given)
         length = given[IDS].shape[1]
         for name, spec in known.items():
             expected = tuple(length if size == PROMPT else size for size in spec.shape)
@@ -164,11 +162,9 @@ class Generator(abc.ABC):
         batch, length = ids.shape
         if batch != manifest.batch_size:
             raise ConfigError(f"{batch} samples; the engines are for a batch of {manifest.batch_size}: export for this one")
-        fixed = self.manifest.prefill.inputs[0].shape[1] != PROMPT
-        if not (1 if fixed else manifest.min_prompt) <= length <= manifest.max_prompt:
+        if length > manifest.max_prompt:
             raise ConfigError(
-                f"the prompt has {length} tokens, the engines take {manifest.min_prompt} to {manifest.max_prompt}; export with "
-                "another max_prompt"
+                f"the prompt has {length} tokens, the engines take {manifest.max_prompt}; export with max_prompt={length} or more"
             )
         if not bool(valid[:, -1].all()) or bool((valid[:, :-1] & ~valid[:, 1:]).any()):
             raise PaddingError("the prompt is padded on the right; use padding_side='left'")

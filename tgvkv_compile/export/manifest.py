@@ -7,6 +7,7 @@ from typing import Any
 
 from tgvkv_compile.errors import ConfigError
 from tgvkv_compile.export.budget_plan import BudgetPlan
+from tgvkv_compile.export.lengths import PromptLengths
 
 MANIFEST = "manifest.json"
 PROMPT = "prompt"
@@ -45,7 +46,7 @@ class Manifest:
     Attributes:
         model_type: transformers' name of the architecture.
         batch_size: B.
-        min_prompt: The fewest tokens of a prompt.
+        prompt_lengths: What the prefill takes; the longest prompt stands in the plan.
         max_question: The most tokens behind a sample's last picture.
         vision_tokens: How many vision tokens the prompts of a batch have together: a row of features for each.
         vision_token_ids: Tokens that stand for them.
@@ -61,7 +62,7 @@ class Manifest:
 
     model_type: str
     batch_size: int
-    min_prompt: int
+    prompt_lengths: PromptLengths
     max_question: int
     vision_tokens: int
     vision_token_ids: tuple[int, ...]
@@ -95,7 +96,7 @@ class Manifest:
         """Writes `manifest.json`."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         text = {"format": _FORMAT, **fields, "plan": json.loads(self.plan.to_json())}
-        for name in ("prefill", "decode"):
+        for name in ("prefill", "decode", "prompt_lengths"):
             text[name] = dataclasses.asdict(fields[name])
         (folder / MANIFEST).write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
 
@@ -117,6 +118,7 @@ class Manifest:
             raise ConfigError(f"{path} is not of the format {_FORMAT!r}; export the model again with this version")
         try:
             read["plan"] = BudgetPlan.from_json(json.dumps(read["plan"]))
+            read["prompt_lengths"] = PromptLengths(**read["prompt_lengths"])
             for name in ("prefill", "decode"):
                 read[name] = _engine(read[name])
             for name in ("vision_token_ids", "eos_token_ids"):

@@ -15,14 +15,16 @@ from tgvkv_compile.config import SINK_TOKENS, Budgeting, BudgetOf, DecodeMode, c
 from tgvkv_compile.errors import ConfigError
 from tgvkv_compile.export.budget_plan import BudgetPlan
 from tgvkv_compile.export.calibrate import calibrate
-from tgvkv_compile.export.families import IDS, MASK, POSITIONS, Family, constants_of, engine_inputs, family_of
+from tgvkv_compile.export.families import IDS, MASK, Family, constants_of, engine_inputs, family_of
+from tgvkv_compile.export.lengths import PromptLengths, prompt_dim
 from tgvkv_compile.export.manifest import PROMPT, Engine, Manifest, TensorSpec
 from tgvkv_compile.export.rewritten import exported, rewrite_decode, rewrite_prefill
 from tgvkv_compile.export.traced import traced_decode, traced_prefill
 from tgvkv_compile.fx.meta import fake_tensor, output_nodes
-from tgvkv_compile.ops.fixed_prefill import BLOCK_ROWS, block_count
+from tgvkv_compile.ops.fixed_prefill import block_count
 
 Say = Callable[[str], None]
+_MAX_QUESTION = 1024
 _VISION_TOKENS = ("image_token_id", "image_token_index")
 
 
@@ -115,13 +117,14 @@ def export_program(
         raise ConfigError(f"max_prompt={max_prompt} and a plan were given; the plan says {plan.max_prompt}: give one of them")
     inputs = engine_inputs(model, family, samples[0])
     constants = constants_of(family, samples[0])
-    question = min(plan.max_prompt, BLOCK_ROWS) if max_question is None else max_question
+    question = min(plan.max_prompt, _MAX_QUESTION) if max_question is None else max_question
     check_count("max_question", question, minimum=1)
-    if fixed_prompt:
-        inputs = padded(inputs, plan.max_prompt)
-    least = inputs[IDS].shape[1] if fixed_prompt else 2 * block_count(plan.max_prompt)
-    _check_length(inputs[IDS].shape[1], least, plan)
-    free = None if least == plan.max_prompt else torch.export.Dim(PROMPT, min=least, max=plan.max_prompt)
+    heads = model.config.get_text_config().num_attention_heads
+    blocks = block_count(inputs[IDS].shape[0], heads, plan.max_prompt)
+    lengths = PromptLengths.up_to(plan.max_prompt, blocks, fixed=fixed_prompt)
+    _check_length(inputs[IDS].shape[1], plan)
+    inputs = lengths.pad(inputs)
+    free = lengths.dimension()
     shapes = [None if free is None or (dim := prompt_dim(name)) is None else {dim: free} for name in inputs]
     say("tracing the prefill")
     prefill = traced_prefill(model, family, inputs, constants, shapes)
@@ -129,7 +132,7 @@ def export_program(
     say("tracing a decode step")
     step, step_inputs = traced_decode(model, family, entries)
     say("rewriting both")
-    rewrite_prefill(prefill, list(inputs.values()), plan, question)
+    rewrite_prefill(prefill, list(inputs.values()), plan, blocks, question)
     state = rewrite_decode(step, step_inputs, plan)
     decode_inputs = dict(zip(("token", "position"), step_inputs, strict=False), **state)
     say("exporting the prefill")
@@ -139,7 +142,7 @@ def export_program(
     names = list(state)
     manifest = Manifest(
         **_facts(model, family, inputs, constants),
-        min_prompt=least,
+        prompt_lengths=lengths,
         max_question=question,
         plan=plan,
         prefill=Engine("", _inputs(inputs, free is not None), _outputs(prefill_program, names)),
@@ -147,11 +150,6 @@ def export_program(
         versions=versions(),
     )
     return Programs(prefill_program, decode_program, manifest, tuple(inputs.values()), tuple(decode_inputs.values()))
-
-
-def prompt_dim(name: str) -> int | None:
-    """Which dimension of a prefill's input is as long as the prompt."""
-    return {IDS: 1, MASK: 1, POSITIONS: 2}.get(name)
 
 
 def versions() -> dict[str, str]:
@@ -163,22 +161,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _check_length(length: int, least: int, plan: BudgetPlan) -> None:
-    if not least <= length <= plan.max_prompt:
+def _check_length(length: int, plan: BudgetPlan) -> None:
+    if length > plan.max_prompt:
         raise ConfigError(
-            f"the sample's prompt has {length} tokens, the plan is for prompts of {least} to {plan.max_prompt}; give a sample "
-            "in between, or another max_prompt"
+            f"the sample's prompt has {length} tokens, the plan is for {plan.max_prompt} at most; give a shorter sample, or a "
+            "plan with another max_prompt"
         )
-
-
-def padded(inputs: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
-    """The inputs of a prefill, padded on the left to `length` tokens."""
-    made = {}
-    for name, tensor in inputs.items():
-        if prompt_dim(name) is not None and tensor.shape[-1] < length:
-            tensor = torch.nn.functional.pad(tensor, (length - tensor.shape[-1], 0))
-        made[name] = tensor
-    return made
 
 
 def _facts(model: Any, family: Family, inputs: Mapping[str, Tensor], constants: dict[str, list[Any]]) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from tgvkv_compile.export.families import MASK
 from tgvkv_compile.fx.environment import Environment
 from tgvkv_compile.fx.meta import fake_tensor
 from tgvkv_compile.fx.verify import verify
-from tgvkv_compile.ops.fixed_prefill import block_count
 from tgvkv_compile.passes.drop_assertions import drop_assertions
 from tgvkv_compile.passes.find_additions import find_additions
 from tgvkv_compile.passes.insert_fixed_decode import insert_fixed_decode
@@ -30,13 +29,14 @@ def state_names(num_layers: int) -> list[str]:
     return [*of_layers, "protect_from", "keep_rate", "lengths"]
 
 
-def rewrite_prefill(gm: GraphModule, inputs: Sequence[Tensor], plan: BudgetPlan, question_rows: int) -> None:
+def rewrite_prefill(gm: GraphModule, inputs: Sequence[Tensor], plan: BudgetPlan, blocks: int, question_rows: int) -> None:
     """Rewrites a traced prefill in place: merges, attention with scores, eviction.
 
     Args:
         gm: Of `traced_prefill`.
         inputs: Its example inputs.
         plan: The capacities.
+        blocks: How many blocks the rows of attention are walked in.
         question_rows: The most tokens of a question.
 
     Raises:
@@ -49,7 +49,6 @@ def rewrite_prefill(gm: GraphModule, inputs: Sequence[Tensor], plan: BudgetPlan,
     with environment.tracing():
         _step(gm, "insert_gathers", lambda: insert_gathers(gm, found, find_additions(gm)))
         mask = next(iter(gm.graph.find_nodes(op="placeholder", target=MASK)))
-        blocks = block_count(plan.max_prompt)
         scores = insert_fixed_scoring(gm, found, mask, blocks=blocks, question_rows=question_rows)
         verify(gm, after="insert_fixed_scoring", pending=(scores.roles, *scores.mass, *scores.score))
         evict = (plan.eviction, plan.capacities, plan.max_new_tokens)

@@ -25,8 +25,8 @@ from tgvkv_compile.ops.scoring import (
     score_vision,
 )
 
-BLOCK_ROWS = 1024
-"""Rows of the longest prompt that one block has."""
+_BLOCK_BYTES = 1 << 30
+_MAX_BLOCKS = 16  # every block stands in the graph, in every layer
 
 
 class Scored(NamedTuple):
@@ -43,9 +43,10 @@ class Scored(NamedTuple):
     score: Tensor
 
 
-def block_count(max_prompt: int) -> int:
-    """How many blocks the rows of a prompt are walked in; a prompt must have at least as many tokens."""
-    return -(-max_prompt // BLOCK_ROWS)
+def block_count(batch: int, heads: int, max_prompt: int) -> int:
+    """How many blocks the rows of a prompt are walked in, such that one holds 1 GiB of attention; at most 16."""
+    whole = 4 * batch * heads * max_prompt * max_prompt
+    return max(1, min(_MAX_BLOCKS, -(-whole // _BLOCK_BYTES)))
 
 
 def roles_from_mask(masks: tuple[Tensor, ...], attention_mask: Tensor) -> Roles:
@@ -69,7 +70,7 @@ def attend_and_score(
         value: `[B, Hkv, N, D]`.
         roles: Of the `N` tokens; padding sees nothing and is not seen.
         scale: What `q @ k` is multiplied by.
-        blocks: Of [`block_count`][], at most `N`.
+        blocks: Of [`block_count`][]; `N` is a multiple of it.
         question_rows: The most tokens that a question has, in samples with vision.
     """
     rows = query.shape[2] // blocks

@@ -1,0 +1,60 @@
+"""Which lengths a prefill takes, and padding to them."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tgvkv_compile.export.families import IDS, MASK, POSITIONS
+
+_LEAST_ROWS = 2  # torch.export treats lengths of 0 and 1 apart
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptLengths:
+    """Lengths that a prefill takes; every prompt is padded on the left to the next of them.
+
+    Attributes:
+        multiple: They are multiples of it: the rows of a prompt are walked in so many blocks of the same length.
+        least: The shortest.
+        most: The longest; the same as `least` where the length is fixed.
+    """
+
+    multiple: int
+    least: int
+    most: int
+
+    @classmethod
+    def up_to(cls, max_prompt: int, blocks: int, *, fixed: bool) -> "PromptLengths":
+        """For prompts of 1 to `max_prompt` tokens."""
+        most = blocks * max(_LEAST_ROWS, -(-max_prompt // blocks))
+        return cls(blocks, most if fixed else blocks * _LEAST_ROWS, most)
+
+    @property
+    def fixed(self) -> bool:
+        """Whether there is one length only."""
+        return self.least == self.most
+
+    def dimension(self) -> Any:
+        """As `torch.export` takes it: a `Dim`, or None where it is fixed."""
+        if self.fixed:
+            return None
+        rows = torch.export.Dim("rows", min=self.least // self.multiple, max=self.most // self.multiple)
+        return rows if self.multiple == 1 else self.multiple * rows
+
+    def pad(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inputs of a prefill, padded on the left to the next length."""
+        length = inputs[IDS].shape[1]
+        wanted = max(self.least, -(-length // self.multiple) * self.multiple)
+        made = dict(inputs)
+        for name, tensor in inputs.items():
+            if prompt_dim(name) is not None and wanted > length:
+                made[name] = torch.nn.functional.pad(tensor, (wanted - length, 0))
+        return made
+
+
+def prompt_dim(name: str) -> int | None:
+    """Which dimension of a prefill's input is as long as the prompt: its last, or none."""
+    return {IDS: 1, MASK: 1, POSITIONS: 2}.get(name)
