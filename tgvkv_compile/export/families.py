@@ -37,7 +37,7 @@ class Family:
         return FEATURES in self.tensors
 
 
-_OF_FEATURES = Family((POSITIONS, FEATURES), position_rows=3)
+_OF_FEATURES = Family((POSITIONS, FEATURES), constants=(GRID,), position_rows=3)
 FAMILIES: dict[str, Family] = {
     "llava": Family((PIXELS,)),
     "llava_onevision": Family((PIXELS,), constants=("image_sizes", "batch_num_images")),
@@ -81,7 +81,7 @@ def engine_inputs(model: Any, family: Family, sample: Mapping[str, Any]) -> dict
         return {**inputs, **{name: _needed(sample, name) for name in family.tensors}}
     positions = sample.get(POSITIONS)
     inputs[POSITIONS] = _positions(model, sample, inputs) if positions is None else positions[-family.position_rows :]
-    return {**inputs, **(_encoded(model, sample) if FEATURES not in sample else _given_features(sample))}
+    return {**inputs, **(encoded(model, sample) if FEATURES not in sample else _given_features(sample))}
 
 
 def constants_of(family: Family, sample: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -121,7 +121,8 @@ def _given_features(sample: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _encoded(model: Any, sample: Mapping[str, Any]) -> dict[str, Tensor]:
+def encoded(model: Any, sample: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The features that the model's encoder makes of `pixel_values` and `image_grid_thw`, by the names of engine inputs."""
     found = model.model.get_image_features(_needed(sample, PIXELS), _needed(sample, GRID), return_dict=True)
     features = {FEATURES: torch.cat(found.pooler_output)}
     for number, of_layer in enumerate(getattr(found, DEEPSTACK, None) or ()):

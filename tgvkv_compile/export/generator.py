@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from tgvkv_compile.errors import ConfigError, PaddingError
-from tgvkv_compile.export.families import IDS, MASK, POSITIONS
-from tgvkv_compile.export.manifest import PROMPT, Manifest
+from tgvkv_compile.export.families import FEATURES, GRID, IDS, MASK, PIXELS, POSITIONS
+from tgvkv_compile.export.manifest import PROMPT, Manifest, TensorSpec
+from tgvkv_compile.export.positions import picture_positions
 
 _UNUSED = ("mm_token_type_ids", "token_type_ids")  # what processors give and no engine reads
 
@@ -47,6 +48,17 @@ class Generator(abc.ABC):
 
         Returns:
             float32 `[B, vocabulary]` on the CPU.
+        """
+
+    @abc.abstractmethod
+    def encode(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Runs the vision encoder, where there is one.
+
+        Args:
+            pixels: As the manifest's `vision` takes them.
+
+        Returns:
+            The features, by the names of the prefill's inputs.
         """
 
     @abc.abstractmethod
@@ -130,6 +142,8 @@ class Generator(abc.ABC):
         """
         known = {spec.name: spec for spec in self.manifest.prefill.inputs}
         tensors = {name: torch.as_tensor(value) for name, value in inputs.items() if value is not None}
+        self._check_constants(tensors)
+        self._encode_pictures(tensors)
         unknown = sorted(set(tensors) - set(known) - set(self.manifest.constants) - set(_UNUSED))
         if unknown:
             raise ConfigError(f"these engines take no {', '.join(unknown)}; they take {', '.join(known)}. {self._encoding()}")
@@ -139,20 +153,35 @@ class Generator(abc.ABC):
         missing = [name for name in known if name not in tensors]
         if missing:
             raise ConfigError(f"{', '.join(missing)} missing; these engines take {', '.join(known)}. {self._encoding()}")
-        for name, values in self.manifest.constants.items():
-            if name in tensors and tensors[name].tolist() != values:
-                raise ConfigError(f"{name}={tensors[name].tolist()} is part of the engines, as {values}; export for this size")
-        given = {name: tensors[name].to(getattr(torch, spec.dtype)) for name, spec in known.items()}
+        given = {name: tensors[name] for name in known}
         if POSITIONS in given:
             given[POSITIONS] = given[POSITIONS][-self.manifest.position_rows :]
         self._check_prompt(given)
         given = self.manifest.prompt_lengths.pad(given)
         length = given[IDS].shape[1]
-        for name, spec in known.items():
-            expected = tuple(length if size == PROMPT else size for size in spec.shape)
-            if tuple(given[name].shape) != expected:
-                raise ConfigError(f"{name} has the shape {tuple(given[name].shape)}, the engines take {expected}")
-        return given
+        return {name: self._shaped(given[name], spec, length) for name, spec in known.items()}
+
+    def _check_constants(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, values in self.manifest.constants.items():
+            if name in tensors and tensors[name].tolist() != values:
+                raise ConfigError(f"{name}={tensors[name].tolist()} is part of the engines, as {values}; export for this size")
+
+    def _encode_pictures(self, tensors: dict[str, Tensor]) -> None:
+        """Pictures become features, and get positions, where the prefill takes them so and there is an encoder."""
+        manifest = self.manifest
+        if manifest.vision is None or PIXELS not in tensors or FEATURES in tensors or IDS not in tensors:
+            return
+        tensors.update(self.encode(self._shaped(tensors.pop(PIXELS), manifest.vision.inputs[0])))
+        if POSITIONS not in tensors:
+            mask = tensors.get(MASK, torch.ones_like(tensors[IDS]))
+            grids = manifest.constants[GRID]
+            tensors[POSITIONS] = picture_positions(tensors[IDS], mask, manifest.vision_token_ids, grids, manifest.merge)
+
+    def _shaped(self, tensor: Tensor, spec: TensorSpec, length: int = 0) -> Tensor:
+        expected = tuple(length if size == PROMPT else size for size in spec.shape)
+        if tuple(tensor.shape) != expected:
+            raise ConfigError(f"{spec.name} has the shape {tuple(tensor.shape)}, the engines take {expected}")
+        return tensor.to(getattr(torch, spec.dtype))
 
     def _encoding(self) -> str:
         return "tgvkv_compile.export.encode(model, inputs) makes them of pictures" if self.manifest.position_rows else ""
@@ -164,7 +193,8 @@ class Generator(abc.ABC):
             raise ConfigError(f"{batch} samples; the engines are for a batch of {manifest.batch_size}: export for this one")
         if length > manifest.max_prompt:
             raise ConfigError(
-                f"the prompt has {length} tokens, the engines take {manifest.max_prompt}; export with max_prompt={length} or more"
+                f"the prompt has {length} tokens, the engines take {manifest.max_prompt}; export with "
+                f"max_prompt={length} or more"
             )
         if not bool(valid[:, -1].all()) or bool((valid[:, :-1] & ~valid[:, 1:]).any()):
             raise PaddingError("the prompt is padded on the right; use padding_side='left'")

@@ -52,12 +52,14 @@ class Manifest:
         vision_token_ids: Tokens that stand for them.
         position_rows: Rows of the rotary positions that are given; 0 where they follow from the mask.
         constants: Inputs of the model that are part of the engines, and their values.
+        merge: Patches along a side of what becomes one vision token, where positions are given; else 1.
         eos_token_ids: Tokens that end an answer.
         pad_token_id: What stands behind the end of an answer that is shorter than others of its batch.
         plan: Capacities and eviction options; the longest prompt and the most decode steps.
         prefill: `(tokens, mask, pictures) -> (logits [B, vocabulary], compact cache)`.
         decode: `(token, position, compact cache) -> (logits [B, vocabulary], compact cache)`.
         versions: Of the packages that made it.
+        vision: `(pixel_values) -> (image_features, ...)`, of families that take pictures encoded, if it was exported.
     """
 
     model_type: str
@@ -68,12 +70,14 @@ class Manifest:
     vision_token_ids: tuple[int, ...]
     position_rows: int
     constants: dict[str, list[Any]]
+    merge: int
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
     plan: BudgetPlan
     prefill: Engine
     decode: Engine
     versions: dict[str, str]
+    vision: Engine | None = None
 
     @property
     def max_prompt(self) -> int:
@@ -98,6 +102,7 @@ class Manifest:
         text = {"format": _FORMAT, **fields, "plan": json.loads(self.plan.to_json())}
         for name in ("prefill", "decode", "prompt_lengths"):
             text[name] = dataclasses.asdict(fields[name])
+        text["vision"] = None if self.vision is None else dataclasses.asdict(self.vision)
         (folder / MANIFEST).write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
@@ -119,8 +124,8 @@ class Manifest:
         try:
             read["plan"] = BudgetPlan.from_json(json.dumps(read["plan"]))
             read["prompt_lengths"] = PromptLengths(**read["prompt_lengths"])
-            for name in ("prefill", "decode"):
-                read[name] = _engine(read[name])
+            for name in ("prefill", "decode", "vision"):
+                read[name] = None if read[name] is None else _engine(read[name])
             for name in ("vision_token_ids", "eos_token_ids"):
                 read[name] = tuple(read[name])
             return cls(**read)

@@ -13,7 +13,6 @@ from tgvkv_compile.export.program import Say, export_program
 
 OPSET = 20
 """The newest that TensorRT 10's parser takes."""
-PREFILL, DECODE = "prefill.onnx", "decode.onnx"
 
 
 def export_onnx(
@@ -24,7 +23,9 @@ def export_onnx(
     max_new_tokens: int = 128,
     **options: Any,
 ) -> Manifest:
-    """Writes `prefill.onnx`, `decode.onnx` (weights beside them in `.data` files) and `manifest.json`.
+    """Writes `prefill.onnx`, `decode.onnx`, for some families `vision.onnx`, and `manifest.json`.
+
+    Weights are in `.data` files beside them.
 
     Args:
         model: As for [`export_program`][tgvkv_compile.export.program.export_program], and so are the others.
@@ -50,7 +51,11 @@ def export_onnx(
     folder.mkdir(parents=True, exist_ok=True)
     manifest = programs.manifest
     engines: dict[str, Any] = {}
-    for name, file, engine in (("prefill", PREFILL, manifest.prefill), ("decode", DECODE, manifest.decode)):
+    for name in ("prefill", "decode", "vision"):
+        engine = getattr(manifest, name)
+        if engine is None:
+            continue
+        file = f"{name}.onnx"
         say(f"writing {file}")
         write_onnx(getattr(programs, name), engine, folder / file)
         onnx.checker.check_model(str(folder / file), full_check=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tgvkv_compile.errors import CacheError, ConfigError
+from tgvkv_compile.export.families import PIXELS
 from tgvkv_compile.export.generator import Generator
 from tgvkv_compile.export.manifest import TensorSpec
 
@@ -40,16 +41,24 @@ class OnnxGenerator(Generator):
         if lacking:
             raise ConfigError(f"ONNX Runtime has no {', '.join(lacking)} here; it has {runtime.get_available_providers()}")
         self._device = "cuda" if providers[0].startswith(("CUDA", "Tensorrt")) else "cpu"
-        files = (self.manifest.prefill.file, self.manifest.decode.file)
+        manifest = self.manifest
+        files = [engine.file for engine in (manifest.prefill, manifest.decode, manifest.vision) if engine is not None]
         missing = [file for file in files if not (self.folder / file).is_file()]
         if missing:
             raise ConfigError(f"{self.folder} lacks {', '.join(missing)}; export the model again")
-        self._prefill, self._decode = (
+        self._prefill, self._decode, *self._vision = (
             runtime.InferenceSession(str(self.folder / file), session_options, providers=list(providers)) for file in files
         )
         self._state: dict[str, Any] = {}
         self._steps: list[Any] = []
         self._taken = 0
+
+    def encode(self, pixels: Tensor) -> dict[str, Tensor]:
+        """See `Generator.encode`."""
+        assert self.manifest.vision is not None
+        (encoder,), names = self._vision, [spec.name for spec in self.manifest.vision.outputs]
+        found = encoder.run(names, {PIXELS: _numpy(pixels)})
+        return {name: torch.from_numpy(features) for name, features in zip(names, found, strict=True)}
 
     def prefill(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """See `Generator.prefill`."""

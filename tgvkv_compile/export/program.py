@@ -12,14 +12,15 @@ from torch import Tensor
 
 from tgvkv_compile.backend import dynamo
 from tgvkv_compile.config import SINK_TOKENS, Budgeting, BudgetOf, DecodeMode, check_count
-from tgvkv_compile.errors import ConfigError
+from tgvkv_compile.errors import ConfigError, UnsupportedGraphError
 from tgvkv_compile.export.budget_plan import BudgetPlan
 from tgvkv_compile.export.calibrate import calibrate
-from tgvkv_compile.export.families import IDS, MASK, Family, constants_of, engine_inputs, family_of
+from tgvkv_compile.export.families import IDS, MASK, PIXELS, Family, constants_of, engine_inputs, family_of
 from tgvkv_compile.export.lengths import PromptLengths, prompt_dim
 from tgvkv_compile.export.manifest import PROMPT, Engine, Manifest, TensorSpec
 from tgvkv_compile.export.rewritten import exported, rewrite_decode, rewrite_prefill
 from tgvkv_compile.export.traced import traced_decode, traced_prefill
+from tgvkv_compile.export.vision import traced_vision
 from tgvkv_compile.fx.meta import fake_tensor, output_nodes
 from tgvkv_compile.ops.fixed_prefill import block_count
 
@@ -37,8 +38,10 @@ class Programs:
             keep_rate, lengths)`.
         decode: `(token, position, key_0, ..., lengths) -> (logits, key_0, ..., protect_from, lengths)`; `keep_rate` stays.
         manifest: What they take.
+        vision: `(pixel_values) -> (image_features, ...)`, of families that take pictures encoded, if it can be traced.
         prefill_inputs: The sample's inputs of `prefill`, in order.
         decode_inputs: Empty inputs of `decode`, in order.
+        vision_inputs: The sample's inputs of `vision`.
     """
 
     prefill: torch.export.ExportedProgram
@@ -46,6 +49,8 @@ class Programs:
     manifest: Manifest
     prefill_inputs: tuple[Tensor, ...]
     decode_inputs: tuple[Tensor, ...]
+    vision: torch.export.ExportedProgram | None = None
+    vision_inputs: tuple[Tensor, ...] = ()
 
     def __iter__(self) -> Iterator[torch.export.ExportedProgram]:
         yield self.prefill
@@ -149,7 +154,24 @@ def export_program(
         decode=Engine("", _inputs(decode_inputs, False), _outputs(decode_program, [n for n in names if n != "keep_rate"])),
         versions=versions(),
     )
-    return Programs(prefill_program, decode_program, manifest, tuple(inputs.values()), tuple(decode_inputs.values()))
+    programs = Programs(prefill_program, decode_program, manifest, tuple(inputs.values()), tuple(decode_inputs.values()))
+    if family.from_features and isinstance(samples[0].get(PIXELS), Tensor):
+        programs = _with_vision(programs, model, samples[0], say)
+    return programs
+
+
+def _with_vision(programs: Programs, model: Any, sample: Mapping[str, Any], say: Say) -> Programs:
+    """The encoder beside them; without it pictures are given encoded, so that it may fail."""
+    say("exporting the vision encoder")
+    try:
+        program, features = traced_vision(model, sample)
+    except UnsupportedGraphError as error:
+        say(f"no vision encoder: {str(error).splitlines()[0]}")
+        return programs
+    outputs = tuple(TensorSpec(name, tuple(tensor.shape), _dtype(tensor)) for name, tensor in features.items())
+    engine = Engine("", _inputs({PIXELS: sample[PIXELS]}, False), tuple(outputs))
+    manifest = dataclasses.replace(programs.manifest, vision=engine)
+    return dataclasses.replace(programs, manifest=manifest, vision=program, vision_inputs=(sample[PIXELS],))
 
 
 def versions() -> dict[str, str]:
@@ -182,6 +204,7 @@ def _facts(model: Any, family: Family, inputs: Mapping[str, Tensor], constants: 
         "vision_token_ids": (vision,),
         "position_rows": family.position_rows,
         "constants": constants,
+        "merge": model.config.vision_config.spatial_merge_size if family.from_features else 1,
         "eos_token_ids": ends,
         "pad_token_id": int(pad) if pad is not None else ends[0] if ends else 0,
     }

@@ -10,6 +10,7 @@ Checked on torch 2.11.0 and 2.13.0. Each name says what it is used for:
 - `compile_lock` is what dynamo holds while it compiles: tracing and lowering of two threads must not mix.
 - `keep_mutations_after_subgraphs` mends dynamo: see there.
 - `mark_static` says what `torch._dynamo.mark_static_address` says, of an input that dynamo has not seen.
+- `make_fx`, `disable_proxy_modes_tracing`: a vision encoder is traced for pictures of one size (`export.vision`).
 - `GraphCompileReason` is what dynamo puts on a graph module as `compile_subgraph_reason`.
 """
 
@@ -25,6 +26,7 @@ from torch._logging._internal import trace_structured
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 from torch.fx.experimental import _config as symbolic_shapes_config
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -35,9 +37,11 @@ __all__ = [
     "GraphCompileReason",
     "ShapeEnv",
     "compile_lock",
+    "disable_proxy_modes_tracing",
     "enable_python_dispatcher",
     "is_traceable_wrapper_subclass",
     "keep_mutations_after_subgraphs",
+    "make_fx",
     "mark_static",
     "symbolic_shapes_config",
     "trace_structured",
