@@ -1,6 +1,7 @@
 """Exported models on ONNX Runtime: the tokens of the compiled torch path, and a cache that is no larger than planned."""
 
 import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tests.families.family import make_inputs as family_inputs
 from tests.families.family import make_model as family_model
 from tests.families.table import FAMILIES
 from tests.golden.recorded import case_name, cases, check_decoding, load_inputs, load_model, recorded_tokens
+from tgvkv_compile.errors import CacheError, ConfigError, PaddingError
 from tgvkv_compile.export import OnnxGenerator, encode, export_onnx
 
 NEW = 40
@@ -133,3 +135,79 @@ def test_families(name: str, tmp_path: Path) -> None:
     assert torch.equal(generator.generate(**encode(model, others), max_new_tokens=12), expected)
     assert torch.equal(generator.generate(**others, max_new_tokens=12), expected)
     assert not torch.equal(found, expected)
+
+
+def _changed(inputs: dict[str, Tensor], **changes: Any) -> dict[str, Any]:
+    return {name: value for name, value in {**inputs, **changes}.items() if value is not None}
+
+
+def _right_padded(inputs: dict[str, Tensor]) -> dict[str, Any]:
+    mask = inputs["attention_mask"].clone()
+    mask[:, -3:] = 0
+    return _changed(inputs, attention_mask=mask)
+
+
+WRONG: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Any]], str]] = {
+    "right padding": (_right_padded, "padding_side='left'"),
+    "batch": (lambda i: _changed(i, input_ids=i["input_ids"].repeat(2, 1), attention_mask=None), "batch of 1"),
+    "too long": (
+        lambda i: _changed(i, input_ids=torch.cat([i["input_ids"][:, :1], i["input_ids"]], 1), attention_mask=None),
+        "max_prompt=83",
+    ),
+    "a picture less": (
+        lambda i: _changed(i, input_ids=i["input_ids"].clamp(max=149)),
+        "0 vision tokens, the engines are for 64",
+    ),
+    "size of pictures": (lambda i: _changed(i, pixel_values=i["pixel_values"][..., :-1]), "the shape"),
+    "no pictures": (lambda i: _changed(i, pixel_values=None), "pixel_values missing"),
+    "no tokens": (lambda i: _changed(i, input_ids=None), "no input_ids"),
+    "unknown input": (lambda i: _changed(i, image_sizes=torch.ones(1, 2)), "take no image_sizes"),
+    "sampling": (lambda i: _changed(i, do_sample=True), "greedily"),
+    "too many tokens": (lambda i: _changed(i, max_new_tokens=NEW + 1), "more max_new_tokens"),
+    "no tokens wanted": (lambda i: _changed(i, max_new_tokens=0), "from 1 to"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_does_not_suit_is_refused(golden: Callable[[str], Exported], what: str) -> None:
+    _, inputs, generator = golden(QUICK[1])
+    before = generator.generate(**inputs, max_new_tokens=4)
+    change, message = WRONG[what]
+    with pytest.raises((ConfigError, PaddingError), match=re.escape(message)):
+        generator.generate(**change(inputs))
+    assert torch.equal(generator.generate(**inputs, max_new_tokens=4), before)
+
+
+def test_steps_without_room_are_refused(golden: Callable[[str], Exported]) -> None:
+    _, inputs, generator = golden(QUICK[1])
+    fresh = OnnxGenerator(generator.folder)
+    token = torch.tensor([[5]])
+    with pytest.raises(CacheError, match="without a prefill"):
+        fresh.decode(token, token)
+    fresh.prefill(fresh.checked(inputs))
+    for step in range(NEW):
+        fresh.decode(token, torch.tensor([[82 + step]]))
+    with pytest.raises(CacheError, match=f"{NEW} decode steps"):
+        fresh.decode(token, token)
+
+
+def test_folders_without_an_export(golden: Callable[[str], Exported], tmp_path: Path) -> None:
+    _, _, generator = golden(QUICK[1])
+    with pytest.raises(ConfigError, match="there is no"):
+        OnnxGenerator(tmp_path)
+    text = (generator.folder / "manifest.json").read_text()
+    for broken, message in (
+        ("{", "not JSON"),
+        ("{}", "format"),
+        (text.replace('"batch_size"', '"batch"'), "fields"),
+        (text, "lacks"),
+    ):
+        (tmp_path / "manifest.json").write_text(broken)
+        with pytest.raises(ConfigError, match=message):
+            OnnxGenerator(tmp_path)
+
+
+def test_providers_that_are_not_there(golden: Callable[[str], Exported]) -> None:
+    _, _, generator = golden(QUICK[1])
+    with pytest.raises(ConfigError, match="NoSuchProvider"):
+        OnnxGenerator(generator.folder, providers=["NoSuchProvider"])

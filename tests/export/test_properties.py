@@ -54,9 +54,7 @@ CASES = {
 
 
 @pytest.fixture(scope="module", params=CASES)
-def exported(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Case, Any, OnnxGenerator]:
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Case, Any, OnnxGenerator]:
     case = CASES[request.param]
     folder: Path = tmp_path_factory.mktemp(request.param)
     model = make_model(case.shape)
