@@ -82,6 +82,14 @@ def test_no_step_copies_the_cache(golden: Callable[[str], Exported]) -> None:
         assert {name: outputs[f"next_{name}"].data_ptr() for name in names} == before
 
 
+def test_weights_are_on_disk_once(golden: Callable[[str], Exported]) -> None:
+    model, _, generator = golden(QUICK[1])
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    files = {path.name: path.stat().st_size for path in generator.folder.iterdir()}
+    assert set(files) == {"prefill.onnx", "decode.onnx", "weights.data", "manifest.json"}
+    assert files["weights.data"] < 1.2 * weights  # both graphs hold nearly all of them
+
+
 def test_requests_do_not_meet(golden: Callable[[str], Exported]) -> None:
     _, inputs, generator = golden(QUICK[1])
     other = {**inputs, "pixel_values": -inputs["pixel_values"], "input_ids": inputs["input_ids"][:, :-5]}

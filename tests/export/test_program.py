@@ -166,3 +166,17 @@ def test_where_files_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(ConfigError, match=r"pip install 'tgvkv-compile\[onnx\]'"):
         export_onnx(model, SAMPLE, tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
+
+
+def test_an_export_that_fails_leaves_the_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(program: Any, engine: Any, path: Path) -> None:
+        path.write_text("half")
+        raise UnsupportedGraphError("no counterpart")
+
+    monkeypatch.setattr("tgvkv_compile.export.onnx_files.write_onnx", fail)
+    earlier = tmp_path / "prefill.onnx"
+    earlier.write_text("whole")
+    for folder in (tmp_path, tmp_path / "new"):
+        with pytest.raises(UnsupportedGraphError, match="no counterpart"):
+            export_onnx(make_model(SHAPE), SAMPLE, folder, plan=_plan(2))
+    assert [path.name for path in tmp_path.iterdir()] == ["prefill.onnx"] and earlier.read_text() == "whole"

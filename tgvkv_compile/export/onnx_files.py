@@ -10,6 +10,8 @@ import torch
 from tgvkv_compile.errors import ConfigError, UnsupportedGraphError
 from tgvkv_compile.export.manifest import Engine, Manifest
 from tgvkv_compile.export.program import Say, export_program
+from tgvkv_compile.export.shared_weights import share_weights
+from tgvkv_compile.export.staging import staged
 
 OPSET = 20
 """The newest that TensorRT 10's parser takes."""
@@ -25,7 +27,7 @@ def export_onnx(
 ) -> Manifest:
     """Writes `prefill.onnx`, `decode.onnx`, for some families `vision.onnx`, and `manifest.json`.
 
-    Weights are in `.data` files beside them.
+    Weights are in `weights.data`, those that prefill and decode share once.
 
     Args:
         model: As for [`export_program`][tgvkv_compile.export.program.export_program], and so are the others.
@@ -48,20 +50,22 @@ def export_onnx(
         raise ConfigError(f"directory={str(directory)!r} is a file; give a folder to write to")
     say: Say = options.get("say") or (lambda _: None)
     programs = export_program(model, sample_inputs, budget, max_new_tokens, **options)
-    folder.mkdir(parents=True, exist_ok=True)
     manifest = programs.manifest
     engines: dict[str, Any] = {}
-    for name in ("prefill", "decode", "vision"):
-        engine = getattr(manifest, name)
-        if engine is None:
-            continue
-        file = f"{name}.onnx"
-        say(f"writing {file}")
-        write_onnx(getattr(programs, name), engine, folder / file)
-        onnx.checker.check_model(str(folder / file), full_check=True)
-        engines[name] = dataclasses.replace(engine, file=file)
-    manifest = dataclasses.replace(manifest, **engines)
-    manifest.write(folder)
+    with staged(folder) as staging:
+        for name in ("prefill", "decode", "vision"):
+            engine = getattr(manifest, name)
+            if engine is None:
+                continue
+            file = f"{name}.onnx"
+            say(f"writing {file}")
+            write_onnx(getattr(programs, name), engine, staging / file)
+            engines[name] = dataclasses.replace(engine, file=file)
+        share_weights(staging, [engine.file for engine in engines.values()])
+        for engine in engines.values():
+            onnx.checker.check_model(str(staging / engine.file), full_check=True)
+        manifest = dataclasses.replace(manifest, **engines)
+        manifest.write(staging)
     return manifest
 
 
