@@ -88,6 +88,8 @@ def write_onnx(program: torch.export.ExportedProgram, engine: Engine, path: Path
     except torch.onnx.errors.OnnxExporterError as error:
         raise UnsupportedGraphError(f"torch.onnx cannot write {path.name}: {error}") from error
     assert made is not None
+    for node in made.model.graph.all_nodes():
+        node.metadata_props.clear()  # stack traces: larger than the graph, with the paths of this machine
     made.save(str(path), external_data=True)
 
 
