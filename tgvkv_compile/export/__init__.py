@@ -7,14 +7,19 @@ from tgvkv_compile.export.manifest import Manifest
 from tgvkv_compile.export.onnx_files import export_onnx
 from tgvkv_compile.export.onnx_generator import OnnxGenerator
 from tgvkv_compile.export.program import Programs, export_program
+from tgvkv_compile.export.tensorrt_engines import export_tensorrt, trtexec_commands
+from tgvkv_compile.export.tensorrt_generator import TensorRTGenerator
 
 __all__ = [
     "BudgetPlan",
     "Manifest",
     "OnnxGenerator",
     "Programs",
+    "TensorRTGenerator",
     "calibrate",
     "encode",
     "export_onnx",
     "export_program",
+    "export_tensorrt",
+    "trtexec_commands",
 ]

@@ -14,6 +14,7 @@ from tgvkv_compile.fx.environment import Environment
 from tgvkv_compile.fx.meta import fake_tensor
 from tgvkv_compile.fx.verify import verify
 from tgvkv_compile.passes.drop_assertions import drop_assertions
+from tgvkv_compile.passes.drop_empty_pasts import drop_empty_pasts
 from tgvkv_compile.passes.find_additions import find_additions
 from tgvkv_compile.passes.insert_fixed_decode import insert_fixed_decode
 from tgvkv_compile.passes.insert_fixed_eviction import insert_fixed_eviction
@@ -47,6 +48,8 @@ def rewrite_prefill(gm: GraphModule, inputs: Sequence[Tensor], plan: BudgetPlan,
     _check(found, "prefill", plan.num_layers)
     check_causal(gm, found, inputs)
     with environment.tracing():
+        found = drop_empty_pasts(gm, found)
+        verify(gm, after="drop_empty_pasts")
         _step(gm, "insert_gathers", lambda: insert_gathers(gm, found, find_additions(gm)))
         mask = next(iter(gm.graph.find_nodes(op="placeholder", target=MASK)))
         scores = insert_fixed_scoring(gm, found, mask, blocks=blocks, question_rows=question_rows)

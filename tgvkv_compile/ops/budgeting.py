@@ -239,7 +239,7 @@ def segment_capacity(
     all_kept = kept + (total - lengths.unsqueeze(1))
     if config.decode == "keep":
         return all_kept
-    longest = kept.clamp(min=1) + config.sink_tokens
+    longest = torch.where(kept > 0, kept, 1) + config.sink_tokens  # no clamp: TensorRT clips floats only
     if config.decode == "fixed":
         return torch.where(rate == 1.0, all_kept, torch.minimum(all_kept, longest + 1))
     allowed = (total.to(torch.float32) * rate).to(torch.int64) + 1
