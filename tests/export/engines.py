@@ -3,13 +3,21 @@
 from collections.abc import Sequence
 from typing import Any
 
+import onnx
 import torch
 from torch import Tensor
 
 from tests.support.running import Kept, Trace
+from tests.tensorrt.checking import problems_of_onnx
 from tgvkv_compile import tgvkv_backend
 from tgvkv_compile.export.families import MASK, POSITIONS
 from tgvkv_compile.export.generator import Generator
+
+
+def check_files(generator: Generator) -> None:
+    """Every operator of the engines' ONNX files is one that TensorRT's parser takes."""
+    for path in generator.folder.glob("*.onnx"):
+        assert problems_of_onnx(onnx.load(path, load_external_data=False)) == [], path.name
 
 
 def kept_by(generator: Generator) -> Kept:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.export.engines import compiled_answer, run_engine
+from tests.export.engines import check_files, compiled_answer, run_engine
 from tests.families.family import make_inputs as family_inputs
 from tests.families.family import make_model as family_model
 from tests.families.table import FAMILIES
@@ -45,6 +45,7 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported
 def test_the_tokens_of_the_compiled_path_and_of_the_record(golden: Callable[[str], Exported], name: str) -> None:
     model, inputs, generator = golden(name)
     case = RECORDED[name]
+    check_files(generator)
     sequences = generator.generate(**inputs, max_new_tokens=NEW)
     assert sequences.dtype == torch.int64
     assert torch.equal(sequences, compiled_answer(model, inputs, case["budget"], NEW))
@@ -133,6 +134,7 @@ def test_families(name: str, tmp_path: Path) -> None:
     inputs = family_inputs(family, model, ((6, "image", 9), (4, "image", 5)))
     export_onnx(model, inputs, tmp_path, 0.4, 12)
     generator = OnnxGenerator(tmp_path)
+    check_files(generator)
     found = generator.generate(**encode(model, inputs), max_new_tokens=12)
     assert torch.equal(found, compiled_answer(model, inputs, 0.4, 12))
     assert torch.equal(found, generator.generate(**inputs, max_new_tokens=12))

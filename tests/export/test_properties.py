@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.export.engines import run_engine
+from tests.export.engines import check_files, run_engine
 from tests.support.comparing import assert_same_run
 from tests.support.models import IMAGE, Shape, make_inputs, make_model
 from tests.support.reference import reference
@@ -90,7 +90,8 @@ def test_an_engine_is_the_reference(exported: tuple[Case, Any, OnnxGenerator], d
     assert_same_run(found, expected)
 
 
-def test_blocks_are_what_was_asked_for(exported: tuple[Case, Any, OnnxGenerator]) -> None:
+def test_files_are_what_was_asked_for(exported: tuple[Case, Any, OnnxGenerator]) -> None:
     case, _, generator = exported
     assert generator.manifest.prompt_lengths.multiple == case.blocks
+    check_files(generator)
     assert torch.tensor(generator.manifest.plan.capacities).unique().tolist() == [LONGEST + STEPS]

@@ -22,7 +22,14 @@ FOLDER = Path(__file__).parent
 CONVERTERS: dict[str, Any] = json.loads((FOLDER / "converters.json").read_text())
 OPERATORS: dict[str, Any] = json.loads((FOLDER / "onnx_operators.json").read_text())
 LONGEST_SORT = 3840
+_ATTENTION = (
+    "scaled_dot_product_attention",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+)
 _REMOVED = (aten._assert_tensor_metadata.default, aten._assert_scalar.default)  # by its pass `remove_assert_nodes`
+_KEPT = tuple(f"aten.{name}.default" for name in _ATTENTION)  # replaced only where `decompose_attention` is set
 _CASTS = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8, torch.bool)
 
 
@@ -64,18 +71,17 @@ def _name(node: Node) -> str:
 
 def _problem(node: Node) -> str | None:
     name = _name(node)
-    packet = name.rpartition(".")[0]
-    if name in CONVERTERS["replaced"] or packet in CONVERTERS["replaced"]:
-        if packet != "aten.scaled_dot_product_attention":
-            return None
-    elif name not in CONVERTERS["converters"]:
+    replaced = name in CONVERTERS["replaced"] or name.rpartition(".")[0] in CONVERTERS["replaced"]
+    if replaced and name not in _KEPT:
+        return None
+    if name not in CONVERTERS["converters"]:
         return "no converter"
     for value in _values(node):
         if isinstance(value, Tensor) and value.dtype == torch.float64:
             return "float64"
         if isinstance(value, Tensor) and any(_depends_on_data(size) for size in value.shape):
             return "a shape that depends on data"
-    entry = CONVERTERS["converters"][name] if name in CONVERTERS["converters"] else {"dynamic": True, "validators": []}
+    entry = CONVERTERS["converters"][name]
     if not entry["dynamic"] and any(_is_dynamic(value) for value in _values(node)):
         return "its converter takes no dynamic shapes"
     for validator in entry["validators"]:

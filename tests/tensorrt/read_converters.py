@@ -31,8 +31,8 @@ def read(wheel: Path) -> dict[str, Any]:
     """What the wheel says.
 
     Returns:
-        `converters`: per operator whether one of its converters takes dynamic shapes, and their validators; `decomposed`: the
-        operators that torch's decompositions, and `replaced`: those that its own, take apart before; `kept`: those that are not.
+        `converters`: per operator whether one of its converters takes dynamic shapes, and their validators; `decomposed`: what
+        torch's decompositions take apart before, and `replaced`: what its own do; `kept`: what is not taken apart.
     """
     converters: dict[str, dict[str, Any]] = {}
     with zipfile.ZipFile(wheel) as archive:
