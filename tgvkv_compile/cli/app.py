@@ -3,7 +3,7 @@
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -60,6 +60,8 @@ def tgvkv(
     tgvkv run --model ./llava --image cat.jpg --prompt "What is this?" --budget 0.05
 
     tgvkv explain --model ./llava
+
+    tgvkv export onnx --model ./llava --out ./engines
     """
 
 
@@ -114,9 +116,16 @@ def demo(
 
 @app.command()
 def run(
-    model: Model,
+    context: typer.Context,
     image: Annotated[list[Path], typer.Option(help="Picture file; give it again for more.", show_default=False)],
     prompt: Annotated[str, typer.Option(help="The question.", show_default=False)],
+    model: Annotated[
+        str | None, typer.Option(help="Folder of a model, or its id on the Hugging Face hub.", show_default=False)
+    ] = None,
+    onnx: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="What `tgvkv export onnx` wrote, in place of a model.", show_default=False),
+    ] = None,
     budget: Budget = "0.05",
     budget_of: Of = "all",
     budgeting: Sharing = "tvb",
@@ -129,7 +138,7 @@ def run(
     device: Annotated[str, typer.Option(help="Where to run, such as cpu or cuda:0.")] = "cpu",
     trust_remote_code: Remote = False,
 ) -> None:
-    """Answer a question about pictures with any supported vision-language model.
+    """Answer a question about pictures with any supported vision-language model, or with an export of one.
 
     The prompt goes through the processor's chat template if it has one; otherwise it is used as it is, with the image
     token put in front where it is missing. The answer is streamed; then comes what the KV cache holds.
@@ -137,10 +146,25 @@ def run(
     [bold]Example[/bold]
 
     tgvkv run --model ./llava --image cat.jpg --prompt "What is this?" --budget 0.05
+
+    tgvkv run --onnx ./engines --image cat.jpg --prompt "What is this?"
     """
     with told_plainly():
         from tgvkv_compile.cli.inputs import check_prompt, load, parse_budget, read_images
+        from tgvkv_compile.cli.problems import CommandError
         from tgvkv_compile.cli.run import answer
+
+        if onnx is not None:
+            from tgvkv_compile.cli.export import answer_from_onnx
+
+            _refuse_beside_onnx(context)
+            check_prompt(prompt)
+            given = context.get_parameter_source("max_new_tokens")
+            wanted = max_new_tokens if given is not None and given.name == "COMMANDLINE" else None
+            answer_from_onnx(onnx, read_images(image), prompt, wanted)
+            return
+        if model is None:
+            raise CommandError("neither --model nor --onnx was given; give a model, or what `tgvkv export onnx` wrote")
 
         options = {"budget_of": budget_of, "budgeting": budgeting, "decode": decode, "lowering": lowering}
         kept = parse_budget(budget)
@@ -148,6 +172,115 @@ def run(
         images = read_images(image)
         loaded = load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         answer(loaded, images, prompt, kept, options, max_new_tokens)
+
+
+def _refuse_beside_onnx(context: typer.Context) -> None:
+    """Raises for an option that has no meaning for engines, which were exported with theirs."""
+    from tgvkv_compile.cli.problems import CommandError
+
+    beside = {"onnx", "image", "prompt", "max_new_tokens"}
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if name not in beside and source is not None and source.name == "COMMANDLINE":
+            option = name.replace("_", "-")
+            raise CommandError(f"--{option} cannot be given beside --onnx: the export has its own; export again to change it")
+
+
+def _export(target: Literal["onnx", "tensorrt"], **given: Any) -> None:
+    with told_plainly():
+        from tgvkv_compile.cli.export import check_folder, export
+        from tgvkv_compile.cli.inputs import check_prompt, load, parse_budget, read_images
+
+        kept = parse_budget(given.pop("budget"))
+        prompt, out = given.pop("prompt"), given.pop("out")
+        check_prompt(prompt)
+        check_folder(out)
+        images = read_images(given.pop("image") or [])
+        if target == "tensorrt":
+            from tgvkv_compile.export.tensorrt_engines import torch_tensorrt_module
+
+            torch_tensorrt_module()
+        where = {name: given.pop(name) for name in ("dtype", "device", "trust_remote_code")}
+        loaded = load(given.pop("model"), **where)
+        export(target, loaded, images, prompt, out, kept, given.pop("max_new_tokens"), given)
+
+
+exports = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Write engines of fixed shapes, eviction inside.")
+app.add_typer(exports, name="export")
+
+Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder to write to.", show_default=False)]
+Sample = Annotated[
+    list[Path] | None,
+    typer.Option(help="Picture of the sample; again for more, a blank one if not given.", show_default=False),
+]
+Question = Annotated[str, typer.Option(help="Question of the sample, which capacities are made for.")]
+Answer = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+Longest = Annotated[
+    int | None, typer.Option(min=1, help="Longest prompt, in tokens; the sample's if not given.", show_default=False)
+]
+Asked = Annotated[
+    int | None,
+    typer.Option(min=1, help="Most tokens behind the last picture; 1024 at most if not given.", show_default=False),
+]
+Slack = Annotated[float, typer.Option(min=0.0, help="Share of a layer's slots that is added, for prompts that want more.")]
+As = Annotated[Dtype, typer.Option(help="Type of the weights; auto is the checkpoint's.")]
+Where = Annotated[str, typer.Option(help="Where to trace, such as cpu or cuda:0.")]
+
+
+@exports.command("onnx")
+def export_to_onnx(
+    model: Model,
+    out: Out,
+    image: Sample = None,
+    prompt: Question = "What is in the picture?",
+    budget: Budget = "0.05",
+    budget_of: Of = "all",
+    budgeting: Sharing = "tvb",
+    decode: Decode = "ratio",
+    max_new_tokens: Answer = 128,
+    max_prompt: Longest = None,
+    max_question: Asked = None,
+    slack: Slack = 0.25,
+    dtype: As = "float32",
+    device: Where = "cpu",
+    trust_remote_code: Remote = False,
+) -> None:
+    """Write prefill.onnx and decode.onnx, for ONNX Runtime or TensorRT's parser.
+
+    The sample decides the number and size of pictures, and how many slots each layer gets.
+
+    [bold]Example[/bold]
+
+    tgvkv export onnx --model ./llava --image cat.jpg --prompt "What is this?" --budget 0.05 --out ./engines
+    """
+    _export("onnx", **locals())
+
+
+@exports.command("tensorrt")
+def export_to_tensorrt(
+    model: Model,
+    out: Out,
+    image: Sample = None,
+    prompt: Question = "What is in the picture?",
+    budget: Budget = "0.05",
+    budget_of: Of = "all",
+    budgeting: Sharing = "tvb",
+    decode: Decode = "ratio",
+    max_new_tokens: Answer = 128,
+    max_prompt: Longest = None,
+    max_question: Asked = None,
+    slack: Slack = 0.25,
+    dtype: As = "auto",
+    device: Where = "cuda",
+    trust_remote_code: Remote = False,
+) -> None:
+    """Write prefill.engine and decode.engine with Torch-TensorRT. It has not run on TensorRT yet (docs/export.md).
+
+    [bold]Example[/bold]
+
+    tgvkv export tensorrt --model ./llava --image cat.jpg --prompt "What is this?" --budget 0.05 --out ./engines
+    """
+    _export("tensorrt", **locals())
 
 
 @app.command()

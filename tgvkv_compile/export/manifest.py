@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from tgvkv_compile.errors import ConfigError
 from tgvkv_compile.export.budget_plan import BudgetPlan
@@ -86,15 +89,14 @@ class Manifest:
 
     def cache_bytes(self) -> int:
         """What the compact cache occupies between two steps, slot positions included: fixed by the plan."""
-        sizes = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
-        total = 0
-        for spec in self.decode.inputs:
-            if spec.name.startswith(("key_", "value_", "slot_position_")):
-                count = 1
-                for length in spec.shape:
-                    count *= int(length)
-                total += count * sizes[spec.dtype]
-        return total
+        of_cache = ("key_", "value_", "slot_position_")
+        return sum(_bytes(spec) for spec in self.decode.inputs if spec.name.startswith(of_cache))
+
+    def full_bytes(self) -> int:
+        """What keys and values of the longest prompt and answer would occupy without eviction."""
+        tokens = self.plan.max_prompt + self.plan.max_new_tokens
+        specs = [spec for spec in self.decode.inputs if spec.name.startswith(("key_", "value_"))]
+        return sum(_bytes(dataclasses.replace(spec, shape=(*spec.shape[:2], tokens, spec.shape[3]))) for spec in specs)
 
     def write(self, folder: Path) -> None:
         """Writes `manifest.json`."""
@@ -131,6 +133,10 @@ class Manifest:
             return cls(**read)
         except (KeyError, TypeError) as error:
             raise ConfigError(f"{path} lacks, or has too many, fields ({error}); export the model again") from None
+
+
+def _bytes(spec: TensorSpec) -> int:
+    return math.prod(int(length) for length in spec.shape) * int(getattr(torch, spec.dtype).itemsize)
 
 
 def _engine(read: dict[str, Any]) -> Engine:

@@ -1,0 +1,111 @@
+"""`tgvkv export` and `tgvkv run --onnx` on the embedded model."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from tests.cli.command import succeeded, tgvkv
+from tests.cli.test_errors import refused
+from tgvkv_compile.cli.app import app
+from tgvkv_compile.digits import Question, held_out_questions, model_dir
+from tgvkv_compile.export import Manifest
+
+
+@pytest.fixture(scope="module")
+def question() -> Question:
+    return held_out_questions(3)[2]
+
+
+@pytest.fixture(scope="module")
+def engines(question: Question, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export, made as a user makes it; what it printed is in `printed`, the picture in `digits.png` above it."""
+    folder = tmp_path_factory.mktemp("export")
+    question.image.save(folder / "digits.png")
+    given: list[object] = ["--image", "digits.png", "--prompt", question.prompt, "--budget", 0.2, "--max-new-tokens", 16]
+    done = succeeded(tgvkv("export", "onnx", "--model", model_dir(), "--out", "engines", *given, cwd=folder))
+    (folder / "out").write_text(done.out)
+    (folder / "err").write_text(done.err)
+    return folder / "engines"
+
+
+def run(engines: Path, question: Question, *more: object) -> Any:
+    asked = ["run", "--onnx", engines, "--image", engines.parent / "digits.png", "--prompt", question.prompt, *more]
+    return CliRunner().invoke(app, [str(part) for part in asked])
+
+
+def test_progress_and_summary(engines: Path) -> None:
+    said = (engines.parent / "err").read_text().splitlines()
+    assert [line.split("] ")[1] for line in said] == [
+        "calibrating: what the layers want of the samples",
+        "tracing the prefill",
+        "tracing a decode step",
+        "rewriting both",
+        "exporting the prefill",
+        "exporting the decode step",
+        "writing prefill.onnx",
+        "writing decode.onnx",
+    ]
+    out = (engines.parent / "out").read_text()
+    manifest = Manifest.read(engines)
+    assert f"prompts of up to {manifest.max_prompt} tokens with 256 vision tokens" in out
+    assert "KV held between steps" in out and "tgvkv run --onnx engines" in out and "trtexec --onnx=engines/prefill.onnx" in out
+    names = {"prefill.onnx", "decode.onnx", "weights.data", "manifest.json", "processor"}
+    assert {path.name for path in engines.iterdir()} == names
+
+
+def test_the_answer_of_the_model_itself(engines: Path, question: Question) -> None:
+    lines = run(engines, question).stdout.splitlines()
+    asked = ("run", "--model", model_dir(), "--image", "digits.png", "--prompt", question.prompt, "--budget", 0.2)
+    more = ("--max-new-tokens", 16, "--lowering", "eager")
+    expected = succeeded(tgvkv(*asked, *more, cwd=engines.parent)).out.splitlines()
+    assert lines[0].strip() == expected[0].strip()
+    assert lines[1].startswith("KV cache: 6 layers, ") and "%" in lines[1]
+
+
+def test_a_shorter_answer(engines: Path, question: Question) -> None:
+    whole, short = (run(engines, question, *more).stdout.splitlines()[0] for more in ((), ("--max-new-tokens", "2")))
+    assert whole.startswith(short.rstrip()) and len(short) < len(whole)
+
+
+def test_what_has_no_meaning_beside_engines(engines: Path, question: Question) -> None:
+    for more in (("--model", str(model_dir())), ("--budget", "0.2"), ("--lowering", "eager"), ("--trust-remote-code",)):
+        result = run(engines, question, *more)
+        assert result.exit_code == 2 and f"tgvkv: {more[0]} cannot be given beside --onnx" in result.stderr
+
+
+def test_prompts_that_do_not_fit(engines: Path, question: Question) -> None:
+    long = f"{question.prompt} {'red ' * 40}"
+    picture = engines.parent / "digits.png"
+    assert "export with max_prompt=" in refused("run", "--onnx", engines, "--image", picture, "--prompt", long)
+    beyond = refused("run", "--onnx", engines, "--image", picture, "--prompt", question.prompt, "--max-new-tokens", 17)
+    assert "from 1 to 16" in beyond
+
+
+def test_neither_model_nor_engines(engines: Path) -> None:
+    assert "neither --model nor --onnx" in refused("run", "--image", engines.parent / "digits.png", "--prompt", "red ?")
+
+
+def test_folders_that_are_no_export(tmp_path: Path) -> None:
+    Image.new("RGB", (32, 32)).save(tmp_path / "grey.png")
+    asked = ("--image", tmp_path / "grey.png", "--prompt", "red ?")
+    assert "there is no" in refused("run", "--onnx", tmp_path / "nowhere", *asked)
+    assert "holds files and no export" in refused("export", "onnx", "--model", model_dir(), "--out", tmp_path)
+    assert "is a file" in refused("export", "onnx", "--model", model_dir(), "--out", tmp_path / "grey.png")
+    assert "no such folder" in refused("export", "onnx", "--model", "./nowhere", "--out", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_without_tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch_tensorrt", None)
+    said = refused("export", "tensorrt", "--model", model_dir(), "--out", tmp_path / "new", "--device", "cpu")
+    assert "pip install torch-tensorrt tensorrt" in said
+
+
+def test_help() -> None:
+    for command, expected in (("export", ("onnx", "tensorrt")), ("run", ("--onnx",))):
+        text = CliRunner().invoke(app, [command, "--help"]).output
+        assert all(word in text for word in expected)
