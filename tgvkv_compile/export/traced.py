@@ -98,13 +98,16 @@ def traced_prefill(
     return _traced(call, tuple(inputs.values()), (tuple(shapes),), tuple(inputs))
 
 
-def traced_decode(model: Any, family: Family, like: Sequence[Tensor]) -> tuple[GraphModule, tuple[Tensor, ...]]:
+def traced_decode(
+    model: Any, family: Family, like: Sequence[Tensor], *, growing: bool = False
+) -> tuple[GraphModule, tuple[Tensor, ...]]:
     """A decode step as a flat graph of `token`, `position`, `past_key_0`, `past_value_0`, ..., and its example inputs.
 
     Args:
         model: In eval mode.
         family: Its family.
         like: Keys and values of every layer in turn, `[B, Hkv, N, D]`, of whatever `N`; may be fake.
+        growing: Whether the past may have any length, for a graph that is not rewritten and returns it joined.
     """
     batch, device = like[0].shape[0], like[0].device
     past = [torch.zeros((batch, entry.shape[1], _PAST, entry.shape[3]), dtype=entry.dtype, device=device) for entry in like]
@@ -112,7 +115,8 @@ def traced_decode(model: Any, family: Family, like: Sequence[Tensor]) -> tuple[G
     # Two tensors: the same one twice would be traced as one input.
     ids = [torch.zeros((batch, 1), dtype=torch.int64, device=device) for _ in range(2)]
     inputs = (*ids, *past)
-    return _traced(_Decode(model, family), inputs, None, ("token", "position", *names)), inputs
+    shapes = (None, None, tuple({2: torch.export.Dim.AUTO} for _ in past)) if growing else None
+    return _traced(_Decode(model, family), inputs, shapes, ("token", "position", *names)), inputs
 
 
 def _traced(module: torch.nn.Module, inputs: tuple[Tensor, ...], shapes: Any, names: Sequence[str]) -> GraphModule:
