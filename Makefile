@@ -20,11 +20,11 @@ TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 BUILD_BACKEND := $(shell sed -n '/^hatchling==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-matrix fuzz check format golden bench train docs build clean distclean
+.PHONY: help venv demo test test-matrix fuzz check format golden verify-tensorrt bench train docs build clean distclean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS="$$(printf '\t')" read -r target text; do \
-		printf '  make %-12s %s\n' "$$target" "$$text"; done
+		printf '  make %-15s %s\n' "$$target" "$$text"; done
 
 venv: $(STAMP) ## Make the virtual environment in .venv (again when pyproject.toml or constraints.txt change)
 
@@ -61,6 +61,9 @@ format: $(STAMP) ## Format the sources and mend what the linter can mend
 
 golden: $(STAMP) ## Compare with the recorded cases of the authors' released code
 	$(BIN)/python -m pytest tests/golden $(PYTEST_ARGS)
+
+verify-tensorrt: ## Build TensorRT engines of the recorded models and compare tokens (a GPU, TensorRT, torch-tensorrt; PYTHON of that place)
+	$(PYTHON) -m tests.tensorrt.verify
 
 bench: $(STAMP) ## Measure against torch.compile with the full cache (BENCH_ARGS='--budget 0.2', bench/README.md)
 	$(BIN)/python -m bench.run --preset llava-next-cpu $(BENCH_ARGS)

@@ -5,6 +5,7 @@ import inspect
 import sys
 from pathlib import Path
 
+from tgvkv_compile.export.rewritten import STEPS as EXPORT_STEPS
 from tgvkv_compile.pipeline import STEPS
 
 FINDERS = (
@@ -25,6 +26,11 @@ verified: dead code gone, linted, recompiled, metadata present.
 
 Legend: `B` batch, `H` query heads, `Hkv` key/value heads, `N` prompt, `Q` queries of this call, `S` sequence, `D` head dim,
 `L` layers, `T` arena slots.
+"""
+
+EXPORTED = """# The passes of exported graphs
+
+They run on what `torch.export` traced (`tgvkv_compile/export/rewritten.py`), behind the same finders and planner.
 """
 
 
@@ -62,6 +68,10 @@ def render() -> str:
     parts += [section(name, name) for name in FINDERS]
     for step in STEPS:
         parts.append(section(step.name, f"{step.name} ({', '.join(sorted(step.kinds))})"))
+    parts.append(EXPORTED)
+    parts += [section(name, f"{name} (exported graphs)") for name in ("drop_assertions", "find_additions")]
+    for kind, steps in EXPORT_STEPS.items():
+        parts += [section(name, f"{name} (exported {kind})") for name, _ in steps]
     return "\n".join(parts)
 
 

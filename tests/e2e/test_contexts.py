@@ -44,6 +44,15 @@ def check(output: Any, inputs: dict[str, Tensor], budget: float = BUDGET, shape:
     assert kept_of(output.past_key_values) == expected.kept[-1]
 
 
+def test_models_of_different_head_dims() -> None:
+    """The second one's scale must not become an input of its graphs."""
+    torch._dynamo.reset()
+    inputs = make_inputs(PROMPT)
+    for head_dim in (8, 16, 4):
+        shape = Shape(layers=2, head_dim=head_dim, seed=7)
+        check(generate(compiled_model(shape=shape), inputs), inputs, shape=shape)
+
+
 def test_grad_modes() -> None:
     """A request may start under one and go on under the other."""
     model, inputs = compiled_model(), make_inputs(PROMPT)

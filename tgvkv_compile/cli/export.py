@@ -112,7 +112,9 @@ def _processor(folder: Path) -> Any:
         )
     with quiet_transformers():
         try:
-            return AutoProcessor.from_pretrained(where)  # type: ignore[no-untyped-call]
+            return AutoProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+                where, trust_remote_code=False, local_files_only=True
+            )
         except Exception as error:  # transformers and tokenizers each have their own for a folder that is broken
             raise CommandError(f"cannot load the processor in {where}: {first_line(error)}") from None
 

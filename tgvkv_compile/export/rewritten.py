@@ -1,5 +1,6 @@
 """The rewritten graphs of an engine: the passes of fixed shapes, verified one by one."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from tgvkv_compile.passes.insert_fixed_decode import insert_fixed_decode
 from tgvkv_compile.passes.insert_fixed_eviction import insert_fixed_eviction
 from tgvkv_compile.passes.insert_fixed_scoring import insert_fixed_scoring
 from tgvkv_compile.passes.insert_gathers import insert_gathers
+from tgvkv_compile.passes.inserted import Scores
 from tgvkv_compile.pipeline import plan_of
 from tgvkv_compile.plan import Plan, render_misses
 
@@ -28,6 +30,71 @@ def state_names(num_layers: int) -> list[str]:
     """Names of the tensors that prefill returns behind the logits, and that decode takes, in order."""
     of_layers = [f"{part}_{layer}" for layer in range(num_layers) for part in ("key", "value", "slot_position")]
     return [*of_layers, "protect_from", "keep_rate", "lengths"]
+
+
+@dataclasses.dataclass
+class Rewrite:
+    """One exported graph on its way through the steps.
+
+    Attributes:
+        gm: The graph.
+        found: Its plan.
+        budgets: The capacities.
+        blocks: How many blocks the rows of attention are walked in (prefill).
+        question_rows: The most tokens of a question (prefill).
+        state: Fake values of the compact cache, by name (decode).
+        scores: What `insert_fixed_scoring` left for those after it.
+    """
+
+    gm: GraphModule
+    found: Plan
+    budgets: BudgetPlan
+    blocks: int = 1
+    question_rows: int = 1
+    state: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    scores: Scores | None = None
+
+    def pending(self) -> frozenset[Node]:
+        """Inserted nodes that no node may use yet."""
+        scores = self.scores
+        return frozenset() if scores is None else frozenset((scores.roles, *scores.mass, *scores.score))
+
+
+def _drop_pasts(rewrite: Rewrite) -> None:
+    rewrite.found = drop_empty_pasts(rewrite.gm, rewrite.found)
+
+
+def _gather(rewrite: Rewrite) -> None:
+    insert_gathers(rewrite.gm, rewrite.found, find_additions(rewrite.gm))
+
+
+def _score(rewrite: Rewrite) -> None:
+    mask = next(iter(rewrite.gm.graph.find_nodes(op="placeholder", target=MASK)))
+    sizes = {"blocks": rewrite.blocks, "question_rows": rewrite.question_rows}
+    rewrite.scores = insert_fixed_scoring(rewrite.gm, rewrite.found, mask, **sizes)
+
+
+def _evict(rewrite: Rewrite) -> None:
+    assert rewrite.scores is not None
+    budgets = rewrite.budgets
+    sizes = (budgets.eviction, budgets.capacities, budgets.max_new_tokens)
+    insert_fixed_eviction(rewrite.gm, rewrite.found, rewrite.scores, *sizes)
+
+
+def _decode(rewrite: Rewrite) -> None:
+    insert_fixed_decode(rewrite.gm, rewrite.found, rewrite.budgets.eviction, rewrite.state)
+
+
+STEPS: dict[str, tuple[tuple[str, Callable[[Rewrite], None]], ...]] = {
+    "prefill": (
+        ("drop_empty_pasts", _drop_pasts),
+        ("insert_gathers", _gather),
+        ("insert_fixed_scoring", _score),
+        ("insert_fixed_eviction", _evict),
+    ),
+    "decode": (("insert_fixed_decode", _decode),),
+}
+"""What is done to each graph, in order, once `drop_assertions` has run and it was found and planned."""
 
 
 def rewrite_prefill(gm: GraphModule, inputs: Sequence[Tensor], plan: BudgetPlan, blocks: int, question_rows: int) -> None:
@@ -47,15 +114,7 @@ def rewrite_prefill(gm: GraphModule, inputs: Sequence[Tensor], plan: BudgetPlan,
     found = plan_of(gm, frozenset())
     _check(found, "prefill", plan.num_layers)
     check_causal(gm, found, inputs)
-    with environment.tracing():
-        found = drop_empty_pasts(gm, found)
-        verify(gm, after="drop_empty_pasts")
-        _step(gm, "insert_gathers", lambda: insert_gathers(gm, found, find_additions(gm)))
-        mask = next(iter(gm.graph.find_nodes(op="placeholder", target=MASK)))
-        scores = insert_fixed_scoring(gm, found, mask, blocks=blocks, question_rows=question_rows)
-        verify(gm, after="insert_fixed_scoring", pending=(scores.roles, *scores.mass, *scores.score))
-        evict = (plan.eviction, plan.capacities, plan.max_new_tokens)
-        _step(gm, "insert_fixed_eviction", lambda: insert_fixed_eviction(gm, found, scores, *evict))
+    _run("prefill", Rewrite(gm, found, plan, blocks, question_rows), environment)
 
 
 def rewrite_decode(gm: GraphModule, inputs: Sequence[Tensor], plan: BudgetPlan) -> dict[str, Tensor]:
@@ -67,7 +126,10 @@ def rewrite_decode(gm: GraphModule, inputs: Sequence[Tensor], plan: BudgetPlan) 
         plan: The capacities.
 
     Returns:
-        Zeros of the new inputs' shapes, by name.
+        An empty cache, by the names of the new inputs.
+
+    Raises:
+        UnsupportedGraphError: It is not a decode step of so many layers.
     """
     environment = _adopted(gm, inputs)
     pasts = [node.name for node in gm.graph.find_nodes(op="placeholder") if node.name.startswith("past_")]
@@ -75,9 +137,15 @@ def rewrite_decode(gm: GraphModule, inputs: Sequence[Tensor], plan: BudgetPlan) 
     _check(found, "decode", plan.num_layers)
     state = _empty_state(found, plan)
     fake: dict[str, Tensor] = {name: environment.fake_mode.from_tensor(value) for name, value in state.items()}
-    with environment.tracing():
-        _step(gm, "insert_fixed_decode", lambda: insert_fixed_decode(gm, found, plan.eviction, fake))
+    _run("decode", Rewrite(gm, found, plan, state=fake), environment)
     return state
+
+
+def _run(kind: str, rewrite: Rewrite, environment: Environment) -> None:
+    for name, run in STEPS[kind]:
+        with environment.tracing():
+            run(rewrite)
+        verify(rewrite.gm, after=name, pending=rewrite.pending())
 
 
 def _adopted(gm: GraphModule, inputs: Sequence[Tensor]) -> Environment:
@@ -86,11 +154,6 @@ def _adopted(gm: GraphModule, inputs: Sequence[Tensor]) -> Environment:
     environment.adopt(gm, list(inputs))
     verify(gm, after="drop_assertions")
     return environment
-
-
-def _step(gm: GraphModule, name: str, run: Callable[[], None]) -> None:
-    run()
-    verify(gm, after=name)
 
 
 def _check(found: Plan, kind: str, layers: int) -> None:
