@@ -12,10 +12,11 @@ from torch import Tensor
 from tests.families.family import make_inputs as family_inputs
 from tests.families.family import make_model as family_model
 from tests.families.table import FAMILIES
-from tests.support.models import Shape, make_inputs, make_model
+from tests.support.models import IMAGE, Shape, make_inputs, make_model
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.errors import ConfigError, UnsupportedGraphError
 from tgvkv_compile.export import BudgetPlan, Programs, export_onnx, export_program
+from tgvkv_compile.export.lengths import question_lengths
 from tgvkv_compile.ops.fixed_prefill import block_count
 from tgvkv_compile.ops.merging import add_features, merge_features
 
@@ -104,6 +105,16 @@ def test_merging_is_masked_scatter(wide: bool) -> None:
 
 def _plan(layers: int) -> BudgetPlan:
     return BudgetPlan((40,) * layers, 64, 6, EvictionConfig(0.3))
+
+
+def test_how_long_a_question_may_be() -> None:
+    model = make_model(Shape(layers=1))
+    options: dict[str, Any] = {"budget": 0.3, "max_new_tokens": 2}
+    long = make_inputs([(3, 150)])
+    assert export_program(model, SAMPLE, max_prompt=400, **options).manifest.max_question == 256
+    assert export_program(model, [SAMPLE, long], max_prompt=400, **options).manifest.max_question == 300
+    assert export_program(model, SAMPLE, **options).manifest.max_question == SAMPLE["input_ids"].shape[1]
+    assert question_lengths(make_inputs([(5, 9), (4,), (3, 0)])["input_ids"], torch.ones(3, 30), [IMAGE]).tolist() == [9, 0, 0]
 
 
 def test_options_that_cannot_be() -> None:

@@ -220,7 +220,9 @@ Longest = Annotated[
 ]
 Asked = Annotated[
     int | None,
-    typer.Option(min=1, help="Most tokens behind the last picture; 1024 at most if not given.", show_default=False),
+    typer.Option(
+        min=1, help="Most tokens behind the last picture; twice the sample's, at least 256, if not given.", show_default=False
+    ),
 ]
 Slack = Annotated[float, typer.Option(min=0.0, help="Share of a layer's slots that is added, for prompts that want more.")]
 As = Annotated[Dtype, typer.Option(help="Type of the weights; auto is the checkpoint's.")]

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tgvkv_compile.errors import ConfigError, PaddingError
+from tgvkv_compile.errors import CacheError, ConfigError, PaddingError
 from tgvkv_compile.export.families import FEATURES, GRID, IDS, MASK, PIXELS, POSITIONS
+from tgvkv_compile.export.lengths import question_lengths
 from tgvkv_compile.export.manifest import PROMPT, Manifest, TensorSpec
 from tgvkv_compile.export.positions import picture_positions
 
@@ -26,19 +27,22 @@ class Generator(abc.ABC):
     def __init__(self, directory: str | Path) -> None:
         self.folder = Path(directory)
         self.manifest = Manifest.read(self.folder)
+        self._taken: int | None = None  # decode steps since the prefill
 
-    @abc.abstractmethod
     def prefill(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Takes a prompt in; a cache of an earlier one is given up.
 
         Args:
-            inputs: What the manifest names, checked already.
+            inputs: What `checked` gives.
 
         Returns:
             float32 `[B, vocabulary]` on the CPU: the logits behind the last token.
         """
+        self._taken = None
+        logits = self._run_prefill(inputs)
+        self._taken = 0
+        return logits.to("cpu", torch.float32)
 
-    @abc.abstractmethod
     def decode(self, token: Tensor, position: Tensor) -> Tensor:
         """One step on the cache.
 
@@ -48,7 +52,27 @@ class Generator(abc.ABC):
 
         Returns:
             float32 `[B, vocabulary]` on the CPU.
+
+        Raises:
+            CacheError: There was no prefill, or more steps than the engines have room for.
         """
+        if self._taken is None:
+            raise CacheError("decode without a prefill: there is no cache yet")
+        if self._taken >= self.manifest.plan.max_new_tokens:
+            raise CacheError(
+                f"{self._taken} decode steps were taken, the engines have room for no more; export with more max_new_tokens"
+            )
+        logits = self._run_decode(token, position, self._taken)
+        self._taken += 1
+        return logits.to("cpu", torch.float32)
+
+    @abc.abstractmethod
+    def _run_prefill(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The logits of the prefill; the cache is kept."""
+
+    @abc.abstractmethod
+    def _run_decode(self, token: Tensor, position: Tensor, taken: int) -> Tensor:
+        """The logits of a step, the one after `taken` others; the cache is kept."""
 
     @abc.abstractmethod
     def encode(self, pixels: Tensor) -> dict[str, Tensor]:
@@ -204,10 +228,7 @@ class Generator(abc.ABC):
                 f"the prompts hold {int(vision.sum())} vision tokens, the engines are for {manifest.vision_tokens}: as many "
                 "pictures, of the same size, as the sample that was exported"
             )
-        index = torch.arange(length)
-        last = torch.where(vision, index, -1).amax(1)
-        asked = (valid & (index > last[:, None])).sum(1)
-        longest = int(torch.where(last >= 0, asked, 0).max())
+        longest = int(question_lengths(ids, given[MASK], manifest.vision_token_ids).max())
         if longest > manifest.max_question:
             raise ConfigError(
                 f"{longest} tokens stand behind the last picture, the engines take {manifest.max_question}; export with "

@@ -1,7 +1,7 @@
 """Which lengths a prefill takes, and padding to them."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +53,21 @@ class PromptLengths:
             if prompt_dim(name) is not None and wanted > length:
                 made[name] = torch.nn.functional.pad(tensor, (wanted - length, 0))
         return made
+
+
+def question_lengths(ids: Tensor, mask: Tensor, vision_token_ids: Sequence[int]) -> Tensor:
+    """int64 `[B]`: tokens behind each sample's last picture, 0 where it has none.
+
+    Args:
+        ids: int64 `[B, N]`.
+        mask: `[B, N]`, 0 at padding.
+        vision_token_ids: Tokens that stand for pictures.
+    """
+    valid = mask != 0
+    index = torch.arange(ids.shape[1], device=ids.device)
+    vision = torch.isin(ids, torch.tensor(list(vision_token_ids), device=ids.device)) & valid
+    last = torch.where(vision, index, -1).amax(1, keepdim=True)
+    return torch.where(last >= 0, valid & (index > last), False).sum(1)
 
 
 def prompt_dim(name: str) -> int | None:

@@ -8,7 +8,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from tgvkv_compile.errors import CacheError, ConfigError
+from tgvkv_compile.errors import ConfigError
 from tgvkv_compile.export.families import PIXELS
 from tgvkv_compile.export.generator import Generator
 from tgvkv_compile.export.manifest import TensorSpec
@@ -51,7 +51,6 @@ class OnnxGenerator(Generator):
         )
         self._state: dict[str, Any] = {}
         self._steps: list[Any] = []
-        self._taken = 0
 
     def encode(self, pixels: Tensor) -> dict[str, Tensor]:
         """See `Generator.encode`."""
@@ -60,9 +59,8 @@ class OnnxGenerator(Generator):
         found = encoder.run(names, {PIXELS: _numpy(pixels)})
         return {name: torch.from_numpy(features) for name, features in zip(names, found, strict=True)}
 
-    def prefill(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """See `Generator.prefill`."""
-        self._state, self._steps, self._taken = {}, [], 0
+    def _run_prefill(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        self._state, self._steps = {}, []
         binding = self._prefill.io_binding()
         for name, tensor in inputs.items():
             binding.bind_cpu_input(name, _numpy(tensor))
@@ -72,28 +70,16 @@ class OnnxGenerator(Generator):
         found = dict(zip((spec.name for spec in self.manifest.prefill.outputs), binding.get_outputs(), strict=True))
         logits = found.pop("logits")
         self._state = {name.removeprefix("next_"): value for name, value in found.items()}
-        return torch.from_numpy(logits.numpy()).to(torch.float32)
+        return torch.from_numpy(logits.numpy())
 
-    def decode(self, token: Tensor, position: Tensor) -> Tensor:
-        """See `Generator.decode`.
-
-        Raises:
-            CacheError: There was no prefill, or more steps than the engines have room for.
-        """
-        if not self._state:
-            raise CacheError("decode without a prefill: there is no cache yet")
-        if self._taken >= self.manifest.plan.max_new_tokens:
-            raise CacheError(
-                f"{self._taken} decode steps were taken, the engines have room for no more; export with more max_new_tokens"
-            )
+    def _run_decode(self, token: Tensor, position: Tensor, taken: int) -> Tensor:
         if not self._steps:
             self._steps = self._bound_steps()
-        binding, logits = self._steps[self._taken % 2]
+        binding, logits = self._steps[taken % 2]
         binding.bind_cpu_input("token", _numpy(token))
         binding.bind_cpu_input("position", _numpy(position))
         self._decode.run_with_iobinding(binding)
-        self._taken += 1
-        return torch.from_numpy(logits.numpy()).to(torch.float32)
+        return torch.from_numpy(logits.numpy())
 
     def _bound_steps(self) -> list[Any]:
         """Two bindings in turn: what one writes of the small tensors the other reads; the large ones are the same in both."""

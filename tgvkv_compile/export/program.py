@@ -16,7 +16,7 @@ from tgvkv_compile.errors import ConfigError, UnsupportedGraphError
 from tgvkv_compile.export.budget_plan import BudgetPlan
 from tgvkv_compile.export.calibrate import calibrate
 from tgvkv_compile.export.families import IDS, MASK, PIXELS, Family, constants_of, engine_inputs, family_of
-from tgvkv_compile.export.lengths import PromptLengths, prompt_dim
+from tgvkv_compile.export.lengths import PromptLengths, prompt_dim, question_lengths
 from tgvkv_compile.export.manifest import PROMPT, Engine, Manifest, TensorSpec
 from tgvkv_compile.export.rewritten import exported, rewrite_decode, rewrite_prefill
 from tgvkv_compile.export.traced import traced_decode, traced_prefill
@@ -25,7 +25,7 @@ from tgvkv_compile.fx.meta import fake_tensor, output_nodes
 from tgvkv_compile.ops.fixed_prefill import block_count
 
 Say = Callable[[str], None]
-_MAX_QUESTION = 1024
+_LEAST_QUESTION = 256  # the question's rows are walked twice, as many as it may have: not all of a long prompt
 _VISION_TOKENS = ("image_token_id", "image_token_index")
 
 
@@ -92,7 +92,7 @@ def export_program(
         plan: Capacities; by default `calibrate` makes them of the samples. It brings budget, eviction options, longest prompt
             and decode steps: give none of these beside it.
         max_prompt: The longest prompt in tokens; the longest sample's by default.
-        max_question: The most tokens behind the last picture; by default the longest prompt's length, 1024 at most.
+        max_question: The most tokens behind the last picture; by default twice as many as the samples have, and at least 256.
         fixed_prompt: All prompts are padded to the longest one, for targets without dynamic shapes.
         slack: As for `calibrate`.
         budget_of: Of what the budget is a fraction.
@@ -122,8 +122,11 @@ def export_program(
         raise ConfigError(f"max_prompt={max_prompt} and a plan were given; the plan says {plan.max_prompt}: give one of them")
     inputs = engine_inputs(model, family, samples[0])
     constants = constants_of(family, samples[0])
-    question = min(plan.max_prompt, _MAX_QUESTION) if max_question is None else max_question
-    check_count("max_question", question, minimum=1)
+    facts = _facts(model, family, inputs, constants)
+    if max_question is None:
+        asked = [question_lengths(s[IDS], s.get(MASK, torch.ones_like(s[IDS])), facts["vision_token_ids"]) for s in samples]
+        max_question = min(plan.max_prompt, max(_LEAST_QUESTION, 2 * int(torch.cat(asked).max())))
+    check_count("max_question", max_question, minimum=1)
     heads = model.config.get_text_config().num_attention_heads
     blocks = block_count(inputs[IDS].shape[0], heads, plan.max_prompt)
     lengths = PromptLengths.up_to(plan.max_prompt, blocks, fixed=fixed_prompt)
@@ -137,7 +140,7 @@ def export_program(
     say("tracing a decode step")
     step, step_inputs = traced_decode(model, family, entries)
     say("rewriting both")
-    rewrite_prefill(prefill, list(inputs.values()), plan, blocks, question)
+    rewrite_prefill(prefill, list(inputs.values()), plan, blocks, max_question)
     state = rewrite_decode(step, step_inputs, plan)
     decode_inputs = dict(zip(("token", "position"), step_inputs, strict=False), **state)
     say("exporting the prefill")
@@ -146,9 +149,9 @@ def export_program(
     decode_program = exported(step, list(decode_inputs.values()), None)
     names = list(state)
     manifest = Manifest(
-        **_facts(model, family, inputs, constants),
+        **facts,
         prompt_lengths=lengths,
-        max_question=question,
+        max_question=max_question,
         plan=plan,
         prefill=Engine("", _inputs(inputs, free is not None), _outputs(prefill_program, names)),
         decode=Engine("", _inputs(decode_inputs, False), _outputs(decode_program, [n for n in names if n != "keep_rate"])),

@@ -43,42 +43,25 @@ class TensorRTGenerator(Generator):
             self._vision = _Runner(tensorrt, runtime, self.folder, manifest.vision, self._device)
         self._state: dict[str, Tensor] = {}
         self._spare: dict[str, Tensor] = {}
-        self._taken = 0
 
     def encode(self, pixels: Tensor) -> dict[str, Tensor]:
         """See `Generator.encode`."""
         assert self._vision is not None
         return {name: value.cpu() for name, value in self._vision.run({PIXELS: pixels}, {}).items()}
 
-    def prefill(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """See `Generator.prefill`."""
-        self._taken = 0
+    def _run_prefill(self, inputs: Mapping[str, Tensor]) -> Tensor:
         found = self._prefill.run(inputs, {})
         logits = found.pop("logits")
         self._state = {name.removeprefix("next_"): value for name, value in found.items()}
         self._spare = {name: torch.empty_like(value) for name, value in self._state.items() if name != "keep_rate"}
-        return logits.float().cpu()
+        return logits
 
-    def decode(self, token: Tensor, position: Tensor) -> Tensor:
-        """See `Generator.decode`.
-
-        Raises:
-            CacheError: There was no prefill, or more steps than the engines have room for.
-        """
-        if not self._state:
-            raise CacheError("decode without a prefill: there is no cache yet")
-        if self._taken >= self.manifest.plan.max_new_tokens:
-            raise CacheError(
-                f"{self._taken} decode steps were taken, the engines have room for no more; export with more max_new_tokens"
-            )
+    def _run_decode(self, token: Tensor, position: Tensor, taken: int) -> Tensor:
         written = {f"next_{name}": value for name, value in self._spare.items()}
         found = self._decode.run({"token": token, "position": position, **self._state}, written)
-        self._spare, self._state = (
-            {name: self._state[name] for name in self._spare},
-            {**self._spare, "keep_rate": self._state["keep_rate"]},
-        )
-        self._taken += 1
-        return found["logits"].float().cpu()
+        read, self._state = self._state, {**self._spare, "keep_rate": self._state["keep_rate"]}
+        self._spare = {name: read[name] for name in self._spare}
+        return found["logits"]
 
     def slot_positions(self) -> tuple[Tensor, ...]:
         """See `Generator.slot_positions`."""

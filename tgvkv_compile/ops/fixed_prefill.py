@@ -17,7 +17,7 @@ from tgvkv_compile.ops.fixed_shapes import pack_columns
 from tgvkv_compile.ops.roles import Roles, prefix_count, token_roles, vision_count
 from tgvkv_compile.ops.scoring import (
     Sums,
-    attention_probabilities,
+    causal_probabilities,
     column_sums,
     exact_matmul,
     finish,
@@ -68,7 +68,7 @@ def attend_and_score(
         query: `[B, H, N, D]`.
         key: `[B, Hkv, N, D]`.
         value: `[B, Hkv, N, D]`.
-        roles: Of the `N` tokens; padding sees nothing and is not seen.
+        roles: Of the `N` tokens; padding is not seen, and what it would see counts for nothing.
         scale: What `q @ k` is multiplied by.
         blocks: Of [`block_count`][]; `N` is a multiple of it.
         question_rows: The most tokens that a question has, in samples with vision.
@@ -96,7 +96,7 @@ def _block(
     rows = slice(start or None, end)
     query = query[:, :, rows]
     visible = _visible(roles.positions[:, rows], seen)
-    probabilities = attention_probabilities(query, key, visible[:, None], scale)
+    probabilities = causal_probabilities(query, key, visible[:, None], scale)
     batch, heads, count, columns = probabilities.shape
     grouped = probabilities.view(batch, key.shape[1], heads // key.shape[1], count, columns)
     output = exact_matmul(grouped, value.to(torch.float32).unsqueeze(2)).flatten(1, 2)
@@ -119,7 +119,7 @@ def _question_scores(query: Tensor, key: Tensor, roles: Roles, weights: Tensor, 
     index = columns[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
     asking = query.gather(2, index)
     visible = _visible(positions, roles)
-    attention = attention_probabilities(asking, key, visible[:, None], scale).mean(1)
+    attention = causal_probabilities(asking, key, visible[:, None], scale).mean(1)
     return score_vision(attention, chosen)
 
 
