@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -89,12 +90,12 @@ def draw(samples: list[Sample], title: str, path: Path) -> None:
         for line, (key, unit, label) in enumerate(PANELS):
             panel = axes[line][column]
             for name, budget in dict.fromkeys((sample.contender, _budget(sample)) for sample in here):
-                points = {
-                    getattr(sample, axis): sample.values[key] / unit
-                    for sample in here
-                    if (sample.contender, _budget(sample)) == (name, budget)
-                }
-                ordered = sorted(points.items())
+                points: dict[int, list[float]] = {}
+                for sample in here:
+                    if (sample.contender, _budget(sample)) == (name, budget):
+                        points.setdefault(getattr(sample, axis), []).append(sample.values[key] / unit)
+                # What keeps everything is measured again beside each budget.
+                ordered = sorted((place, statistics.median(values)) for place, values in points.items())
                 shown = name if budget is None else f"{name}, {100 * budget:g} %"
                 panel.plot(*zip(*ordered, strict=True), marker="o", label=shown, color=_colour(name, budget))
             panel.set_xscale("log", base=2)
