@@ -126,7 +126,8 @@ def encoded(model: Any, sample: Mapping[str, Any]) -> dict[str, Tensor]:
     found = model.model.get_image_features(_needed(sample, PIXELS), _needed(sample, GRID), return_dict=True)
     features = {FEATURES: torch.cat(found.pooler_output)}
     for number, of_layer in enumerate(getattr(found, DEEPSTACK, None) or ()):
-        features[f"{DEEPSTACK}_{number}"] = torch.cat(of_layer)
+        # A tensor, or, in later releases of transformers, one per picture.
+        features[f"{DEEPSTACK}_{number}"] = of_layer if isinstance(of_layer, Tensor) else torch.cat(of_layer)
     return features
 
 
@@ -149,13 +150,23 @@ def features_given(model: Any, features: Callable[[], Mapping[str, Tensor]]) -> 
     def stand_in(*_: Any, **__: Any) -> Any:
         given = dict(features())
         first = given.pop(FEATURES)
-        return _Features(pooler_output=(first,), deepstack_features=[(layer,) for layer in given.values()])
+        return _Features(pooler_output=(first,), deepstack_features=[_Rows((layer,)) for layer in given.values()])
 
     model.model.get_image_features = stand_in
     try:
         yield
     finally:
         del model.model.get_image_features
+
+
+class _Rows(tuple[Tensor]):
+    """A layer's features as models read them: some join one tensor per picture, earlier ones move the tensor of all."""
+
+    __slots__ = ()
+
+    def to(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As of the tensor."""
+        return self[0].to(*args, **kwargs)
 
 
 class _Features(SimpleNamespace):

@@ -38,11 +38,15 @@ class PromptLengths:
         return self.least == self.most
 
     def dimension(self) -> Any:
-        """As `torch.export` takes it: a `Dim`, or None where it is fixed."""
+        """As `torch.export` takes it; None where it is fixed.
+
+        `AUTO` where every length will do: torch 2.11 cannot prove the guards of a named dimension for all of them.
+        """
         if self.fixed:
             return None
-        rows = torch.export.Dim("rows", min=self.least // self.multiple, max=self.most // self.multiple)
-        return rows if self.multiple == 1 else self.multiple * rows
+        if self.multiple == 1:
+            return torch.export.Dim.AUTO(min=self.least, max=self.most)
+        return self.multiple * torch.export.Dim("rows", min=self.least // self.multiple, max=self.most // self.multiple)
 
     def pad(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inputs of a prefill, padded on the left to the next length."""

@@ -145,6 +145,8 @@ def export_program(
     decode_inputs = dict(zip(("token", "position"), step_inputs, strict=False), **state)
     say("exporting the prefill")
     prefill_program = exported(prefill, list(inputs.values()), shapes)
+    if free is not None:
+        _check_free(prefill_program)
     say("exporting the decode step")
     decode_program = exported(step, list(decode_inputs.values()), None)
     names = list(state)
@@ -184,6 +186,16 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
+
+
+def _check_free(program: torch.export.ExportedProgram) -> None:
+    """Raises where `torch.export` has made the length of a prompt a constant."""
+    names = program.graph_signature.user_inputs
+    ids = next(node for node in program.graph.find_nodes(op="placeholder") if node.name == names[0])
+    if isinstance(fake_tensor(ids).shape[1], int):
+        raise UnsupportedGraphError(
+            "torch.export takes the length of the prompt for a constant; give fixed_prompt=True, or a newer torch"
+        )
 
 
 def _check_length(length: int, plan: BudgetPlan) -> None:

@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer
 from tgvkv_compile.errors import UnsupportedGraphError
 from tgvkv_compile.export.families import FEATURES, IDS, MASK, PIXELS, POSITIONS, Family, features_given
 from tgvkv_compile.ops.roles import prefix_count
+from tgvkv_compile.passes.drop_assertions import drop_assertions
 from tgvkv_compile.runtime.inspect import CACHE_NAMES
 
 _PAST = 8  # entries of the cache that a decode step is traced on; what is traced does not depend on it
@@ -95,7 +96,10 @@ def traced_prefill(
         UnsupportedGraphError: It cannot be traced.
     """
     call = _Prefill(model, family, tuple(inputs), constants)
-    return _traced(call, tuple(inputs.values()), (tuple(shapes),), tuple(inputs))
+    # `AUTO`: a named dimension would have to satisfy guards of grouped heads that torch cannot prove for all lengths. The
+    # rewritten graph has none of them, and is exported with the dimension itself.
+    free = tuple(None if shape is None else dict.fromkeys(shape, torch.export.Dim.AUTO) for shape in shapes)
+    return _traced(call, tuple(inputs.values()), (free,), tuple(inputs))
 
 
 def traced_decode(
@@ -123,6 +127,7 @@ def _traced(module: torch.nn.Module, inputs: tuple[Tensor, ...], shapes: Any, na
     try:
         with torch.no_grad():
             program = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
+            drop_assertions(program.graph_module)  # torch 2.11 cannot trace them a second time
             program = program.run_decompositions({})  # nothing is written in place any more
     except Exception as error:  # torch.export has no common class of errors for what it cannot trace
         raise UnsupportedGraphError(f"torch.export cannot trace this model: {error}") from error

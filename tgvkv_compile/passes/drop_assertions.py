@@ -3,8 +3,6 @@
 import torch
 from torch.fx import GraphModule, Node
 
-from tgvkv_compile.fx.dead_code import remove_dead
-
 aten = torch.ops.aten
 
 _ASSERTIONS = frozenset(
@@ -38,5 +36,5 @@ def drop_assertions(gm: GraphModule) -> int:
     found: list[Node] = [node for node in gm.graph.nodes if node.op == "call_function" and node.target in _ASSERTIONS]
     for node in found:
         gm.graph.erase_node(node)
-    remove_dead(gm)
+    gm.graph.eliminate_dead_code()  # not `remove_dead`: what is written in place has no user yet
     return len(found)
