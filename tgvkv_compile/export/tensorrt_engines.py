@@ -60,7 +60,9 @@ def export_tensorrt(
             if engine is None:
                 continue
             say(f"building {name}{ENGINE}")
-            settings = {"require_full_compilation": True, "disable_tf32": True, **(engine_options or {})}
+            # By default masks of one kind of attention are taken for causal ones, whatever they say.
+            exact = {"require_full_compilation": True, "disable_tf32": True, "attn_bias_is_causal": False}
+            settings = {**exact, **(engine_options or {})}
             try:
                 serialized = torch_tensorrt.dynamo.convert_exported_program_to_serialized_trt_engine(
                     getattr(programs, name), arg_inputs=list(getattr(programs, f"{name}_inputs")), **settings
