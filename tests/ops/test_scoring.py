@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.ops.prompts import Layer, causal, make_layer, random_attention, vision_at, vision_masks
@@ -146,7 +146,7 @@ def test_question_longer_than_a_block() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(mask: str, dtype: torch.dtype) -> None:
     layer = make_layer(batch=2, heads=4, kv_heads=2, length=24, padding=(0, 3), mask=mask, dtype=dtype)
-    torch.library.opcheck(torch.ops.tgvkv.prefill_scores.default, layer.args())
+    library.opcheck(torch.ops.tgvkv.prefill_scores.default, layer.args())
 
 
 class _Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]

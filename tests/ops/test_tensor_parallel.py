@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, library
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.ops.prompts import Layer, make_layer
@@ -73,11 +73,11 @@ def test_the_mean_keeps_its_shape(group: str) -> None:
 
 def test_opcheck() -> None:
     layer = prompt()
-    torch.library.opcheck(torch.ops.tgvkv.prefill_sums.default, layer.args())
+    library.opcheck(torch.ops.tgvkv.prefill_sums.default, layer.args())
     weights = torch.rand(2, 24)
-    torch.library.opcheck(torch.ops.tgvkv.prefill_vision_scores.default, (weights, *layer.args()))
+    library.opcheck(torch.ops.tgvkv.prefill_vision_scores.default, (weights, *layer.args()))
     given = state()
     attend = (*token(), *given[:6], given.lengths, 1, 0.5)
-    torch.library.opcheck(torch.ops.tgvkv.attend_step.default, attend)
+    library.opcheck(torch.ops.tgvkv.attend_step.default, attend)
     evict = (torch.rand(2, 40), *given[2:], 1, "ratio", 2)
-    torch.library.opcheck(torch.ops.tgvkv.evict_step.default, evict)
+    library.opcheck(torch.ops.tgvkv.evict_step.default, evict)

@@ -83,6 +83,12 @@ class Manifest:
     vision: Engine | None = None
 
     @property
+    def engines(self) -> dict[str, Engine]:
+        """Those that there are, by name: `prefill`, `decode`, and `vision` for some families."""
+        named = {"prefill": self.prefill, "decode": self.decode, "vision": self.vision}
+        return {name: engine for name, engine in named.items() if engine is not None}
+
+    @property
     def max_prompt(self) -> int:
         """The most tokens of a prompt."""
         return self.plan.max_prompt

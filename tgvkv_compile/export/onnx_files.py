@@ -11,7 +11,7 @@ from tgvkv_compile.errors import ConfigError, UnsupportedGraphError
 from tgvkv_compile.export.manifest import Engine, Manifest
 from tgvkv_compile.export.program import Say, export_program
 from tgvkv_compile.export.shared_weights import share_weights
-from tgvkv_compile.export.staging import staged
+from tgvkv_compile.export.staging import output_folder, staged
 
 OPSET = 20
 """The newest that TensorRT 10's parser takes."""
@@ -45,18 +45,13 @@ def export_onnx(
         UnsupportedGraphError: The model cannot be exported.
     """
     onnx = _onnx()
-    folder = Path(directory)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"directory={str(directory)!r} is a file; give a folder to write to")
+    folder = output_folder(directory)
     say: Say = options.get("say") or (lambda _: None)
     programs = export_program(model, sample_inputs, budget, max_new_tokens, **options)
     manifest = programs.manifest
     engines: dict[str, Any] = {}
     with staged(folder) as staging:
-        for name in ("prefill", "decode", "vision"):
-            engine = getattr(manifest, name)
-            if engine is None:
-                continue
+        for name, engine in manifest.engines.items():
             file = f"{name}.onnx"
             say(f"writing {file}")
             write_onnx(getattr(programs, name), engine, staging / file)

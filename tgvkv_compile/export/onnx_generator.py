@@ -41,8 +41,7 @@ class OnnxGenerator(Generator):
         if lacking:
             raise ConfigError(f"ONNX Runtime has no {', '.join(lacking)} here; it has {runtime.get_available_providers()}")
         self._device = "cuda" if providers[0].startswith(("CUDA", "Tensorrt")) else "cpu"
-        manifest = self.manifest
-        files = [engine.file for engine in (manifest.prefill, manifest.decode, manifest.vision) if engine is not None]
+        files = [engine.file for engine in self.manifest.engines.values()]
         missing = [file for file in files if not (self.folder / file).is_file()]
         if missing:
             raise ConfigError(f"{self.folder} lacks {', '.join(missing)}; export the model again")

@@ -14,6 +14,7 @@ from tgvkv_compile.export.families import MASK
 from tgvkv_compile.fx.environment import Environment
 from tgvkv_compile.fx.meta import fake_tensor
 from tgvkv_compile.fx.verify import verify
+from tgvkv_compile.ops.graph_masks import visible
 from tgvkv_compile.passes.drop_assertions import drop_assertions
 from tgvkv_compile.passes.drop_empty_pasts import drop_empty_pasts
 from tgvkv_compile.passes.find_additions import find_additions
@@ -205,8 +206,9 @@ def check_causal(gm: GraphModule, found: Plan, inputs: Sequence[Tensor]) -> None
         with torch.no_grad():
             computed = of_masks(*{**given, MASK: attention_mask}.values())
         for node, mask in zip(masks, computed, strict=True):
-            visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-            if not torch.equal((visible & valid[:, None, :, None]).expand_as(expected), expected & valid[:, None, :, None]):
+            if not torch.equal(
+                (visible(mask) & valid[:, None, :, None]).expand_as(expected), expected & valid[:, None, :, None]
+            ):
                 raise UnsupportedGraphError(
                     f"the attention mask %{node.name} is not the causal one: this export knows causal attention alone. "
                     "torch.compile with tgvkv_backend takes other masks"

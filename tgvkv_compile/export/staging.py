@@ -6,6 +6,16 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from tgvkv_compile.errors import ConfigError
+
+
+def output_folder(directory: str | Path) -> Path:
+    """Where to write; raises [`ConfigError`][] for a file."""
+    folder = Path(directory)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"directory={str(directory)!r} is a file; give a folder to write to")
+    return folder
+
 
 @contextlib.contextmanager
 def staged(folder: Path) -> Iterator[Path]:

@@ -11,7 +11,7 @@ from typing import Any
 from tgvkv_compile.errors import ConfigError, UnsupportedGraphError
 from tgvkv_compile.export.manifest import PROMPT, Engine, Manifest
 from tgvkv_compile.export.program import Say, export_program
-from tgvkv_compile.export.staging import staged
+from tgvkv_compile.export.staging import output_folder, staged
 
 ENGINE = ".engine"
 
@@ -48,17 +48,12 @@ def export_tensorrt(
         UnsupportedGraphError: The model cannot be exported, or an engine cannot be built.
     """
     torch_tensorrt = torch_tensorrt_module()
-    folder = Path(directory)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"directory={str(directory)!r} is a file; give a folder to write to")
+    folder = output_folder(directory)
     say: Say = options.get("say") or (lambda _: None)
     programs = export_program(model, sample_inputs, budget, max_new_tokens, **{**options, "fixed_prompt": True})
     built: dict[str, Any] = {}
     with staged(folder) as staging:
-        for name in ("prefill", "decode", "vision"):
-            engine = getattr(programs.manifest, name)
-            if engine is None:
-                continue
+        for name, engine in programs.manifest.engines.items():
             say(f"building {name}{ENGINE}")
             # By default masks of one kind of attention are taken for causal ones, whatever they say.
             exact = {"require_full_compilation": True, "disable_tf32": True, "attn_bias_is_causal": False}
@@ -102,7 +97,7 @@ def trtexec_commands(directory: str | Path) -> list[str]:
     """
     folder = Path(directory)
     manifest = Manifest.read(folder)
-    engines = [engine for engine in (manifest.prefill, manifest.decode, manifest.vision) if engine is not None]
+    engines = list(manifest.engines.values())
     if any(not engine.file.endswith(".onnx") for engine in engines):
         raise ConfigError(
             f"{folder} holds {', '.join(engine.file for engine in engines)}; trtexec takes what export_onnx wrote"

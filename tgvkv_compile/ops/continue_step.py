@@ -3,14 +3,14 @@
 import functools
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from tgvkv_compile.ops.graph_masks import valid_columns, visible_among_new
 from tgvkv_compile.ops.segments import attend_segment
 from tgvkv_compile.ops.state import CompactState
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "tgvkv::continue_step",
     mutates_args=("key_arena", "value_arena", "slot_position", "segment_len", "next_slot", "protect_from"),
 )

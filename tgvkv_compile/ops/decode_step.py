@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.ops import kernels
@@ -107,8 +107,8 @@ def evict(
     protect_from[:, layer] = protected
 
 
-# Not `torch.library.custom_op`: its wrapper takes longer than the rest of a short step's bookkeeping, in every layer.
-torch.library.define(
+# Not `custom_op`: its wrapper takes longer than the rest of a short step's bookkeeping, in every layer.
+library.define(
     "tgvkv::decode_step",
     "(Tensor query, Tensor key, Tensor value, Tensor(a!) key_arena, Tensor(b!) value_arena, Tensor(c!) slot_position, "
     "Tensor segment_start, Tensor(d!) segment_len, Tensor(e!) next_slot, Tensor(f!) protect_from, Tensor keep_rate, "
@@ -142,7 +142,7 @@ def _decode_step(
     return output
 
 
-torch.library.impl("tgvkv::decode_step", "default", _decode_step)
+library.impl("tgvkv::decode_step", "default", _decode_step)
 
 
 def _decode_step_on_cuda(query: Tensor, key: Tensor, value: Tensor, key_arena: Tensor, *rest: Any) -> Tensor:
@@ -157,14 +157,14 @@ def _decode_step_on_cuda(query: Tensor, key: Tensor, value: Tensor, key_arena: T
     return fused.fused_decode_step(query, key, value, CompactState(key_arena, *state), layer, scale, decode, sink_tokens)
 
 
-torch.library.impl("tgvkv::decode_step", "cuda", _decode_step_on_cuda)
+library.impl("tgvkv::decode_step", "cuda", _decode_step_on_cuda)
 
 
 def _fake(query: Tensor, *_: object) -> Tensor:
     return torch.empty_like(query, memory_format=torch.contiguous_format)
 
 
-torch.library.register_fake("tgvkv::decode_step", _fake)
+library.register_fake("tgvkv::decode_step", _fake)
 
 
 def decode_step(

@@ -101,11 +101,6 @@ def _evicted(
     return candidates & (positions == first) & due
 
 
-def advance(lengths: Tensor) -> Tensor:
-    """int64 `[B]`: one token more."""
-    return lengths + 1
-
-
 def stack_layers(columns: tuple[Tensor, ...]) -> Tensor:
     """`[B]` of every layer to `[B, L]`."""
     return torch.stack(columns, dim=1)

@@ -14,6 +14,7 @@ from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.ops.budgeting import Allocation, allocate
 from tgvkv_compile.ops.capacities import fit_allocation
 from tgvkv_compile.ops.fixed_shapes import pack_columns
+from tgvkv_compile.ops.graph_masks import vision_positions
 from tgvkv_compile.ops.roles import Roles, prefix_count, token_roles, vision_count
 from tgvkv_compile.ops.scoring import (
     Sums,
@@ -51,10 +52,7 @@ def block_count(batch: int, heads: int, max_prompt: int) -> int:
 
 def roles_from_mask(masks: tuple[Tensor, ...], attention_mask: Tensor) -> Roles:
     """`token_roles` of merge masks, bool `[B, N, 1 | hidden]`, and `attention_mask [B, N]`, 0 at padding."""
-    vision = masks[0][:, :, 0]
-    for mask in masks[1:]:
-        vision = vision | mask[:, :, 0]
-    return token_roles(vision, attention_mask != 0)
+    return token_roles(vision_positions(masks), attention_mask != 0)
 
 
 def attend_and_score(

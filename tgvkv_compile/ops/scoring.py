@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from tgvkv_compile.ops import kernels
 from tgvkv_compile.ops.graph_masks import visible as seen
@@ -264,7 +264,7 @@ def _asking(prompt: Prompt, block: int) -> range:
     return range(_first_question(prompt.of_rows(prompt.question)), prompt.q.shape[2], block)
 
 
-@torch.library.custom_op("tgvkv::prefill_scores", mutates_args=())
+@library.custom_op("tgvkv::prefill_scores", mutates_args=())
 def _prefill_scores(
     q: Tensor,
     k: Tensor,

@@ -12,7 +12,7 @@ An all-reduce hands every rank the same bits, and all decisions are made of what
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from tgvkv_compile.ops.decode_step import append_and_attend, evict
 from tgvkv_compile.ops.roles import Roles
@@ -39,7 +39,7 @@ def mean_over_ranks(mean: Tensor, heads: int, group: str) -> Tensor:
     return cast(Tensor, (total[:-1] / total[-1]).reshape(mean.shape))
 
 
-@torch.library.custom_op("tgvkv::prefill_sums", mutates_args=())
+@library.custom_op("tgvkv::prefill_sums", mutates_args=())
 def _prefill_sums(
     q: Tensor,
     k: Tensor,
@@ -62,7 +62,7 @@ def _(q: Tensor, k: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return q.new_empty((2, *size), dtype=torch.float32), q.new_empty(size, dtype=torch.float32)
 
 
-@torch.library.custom_op("tgvkv::prefill_vision_scores", mutates_args=())
+@library.custom_op("tgvkv::prefill_vision_scores", mutates_args=())
 def _prefill_vision_scores(
     weights: Tensor,
     q: Tensor,
@@ -121,7 +121,7 @@ def tensor_parallel_scores(
     return finish(sums, mean_over_ranks(own, heads, group), roles.vision, roles.valid)
 
 
-@torch.library.custom_op("tgvkv::attend_step", mutates_args=("key_arena", "value_arena", "slot_position"))
+@library.custom_op("tgvkv::attend_step", mutates_args=("key_arena", "value_arena", "slot_position"))
 def _attend_step(
     query: Tensor,
     key: Tensor,
@@ -149,7 +149,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, key_arena: Tensor, *_: object) 
     return output, query.new_empty((query.shape[0], key_arena.shape[2]), dtype=torch.float32)
 
 
-@torch.library.custom_op("tgvkv::evict_step", mutates_args=("slot_position", "segment_len", "next_slot", "protect_from"))
+@library.custom_op("tgvkv::evict_step", mutates_args=("slot_position", "segment_len", "next_slot", "protect_from"))
 def _evict_step(
     attention: Tensor,
     slot_position: Tensor,

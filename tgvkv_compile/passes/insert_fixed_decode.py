@@ -8,7 +8,8 @@ from torch.fx import GraphModule, Node
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.fx.insert import insert_call, insert_item, insert_placeholder
 from tgvkv_compile.fx.meta import output_nodes
-from tgvkv_compile.ops.fixed_decode import advance, fixed_decode_step, stack_layers
+from tgvkv_compile.ops.continue_step import advance_lengths
+from tgvkv_compile.ops.fixed_decode import fixed_decode_step, stack_layers
 from tgvkv_compile.ops.packing import of_layer
 from tgvkv_compile.passes.cached import drop_pasts, past_inputs
 from tgvkv_compile.plan import Plan
@@ -29,7 +30,7 @@ def insert_fixed_decode(gm: GraphModule, plan: Plan, config: EvictionConfig, sta
         %key_l, %value_l, %slot_position_l, ..., %protect_from, %keep_rate, %lengths = placeholders
         %tgvkv_step_l : Stepped      = fixed_decode_step(%q_l, %k_l, %v_l, %key_l, %value_l, %slot_position_l, ...)
         %out_l        : [B, H, 1, D] = %tgvkv_step_l[0]
-        return (%logits, key_0, value_0, slot_position_0, ..., protect_from, advance(%lengths))
+        return (%logits, key_0, value_0, slot_position_0, ..., protect_from, advance_lengths(%lengths))
 
     Requires: a decode plan of a graph whose first output is the logits. Ensures: no past of another length is an input any
     more; nothing that comes in is written to.
@@ -71,6 +72,7 @@ def insert_fixed_decode(gm: GraphModule, plan: Plan, config: EvictionConfig, sta
         protected.append(rest[3])
     with gm.graph.inserting_before(gm.graph.output_node()):
         following = insert_call(gm, stack_layers, tuple(protected), name="tgvkv_next_protect_from")
-        advanced = insert_call(gm, advance, lengths, name="tgvkv_next_lengths")
+        new = plan.sites[0].key.new
+        advanced = insert_call(gm, advance_lengths, lengths, None, new, name="tgvkv_next_lengths")
     gm.graph.output_node().args = ((*returned, following, advanced),)
     drop_pasts(gm, past_inputs(plan))

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import library
 
 from tests.kernels.cases import random_step
 from tests.ops.prompts import make_layer
@@ -16,8 +17,8 @@ def on_cpu() -> Iterator[None]:
     scores = scoring._prefill_scores
     before = scores._backend_fns.get("cpu")
     scores.register_kernel("cpu", scoring._prefill_scores_on_cuda)
-    with torch.library._scoped_library("tgvkv", "IMPL") as library:
-        library.impl("decode_step", decode_step._decode_step_on_cuda, "CPU")
+    with library._scoped_library("tgvkv", "IMPL") as scoped:
+        scoped.impl("decode_step", decode_step._decode_step_on_cuda, "CPU")
         yield
     scores.register_kernel("cpu", before or scores._init_fn)
 
@@ -30,7 +31,7 @@ def test_decode_step(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "fused_decode_step", lambda *args: called.append(1) or step(*args))
     case = random_step(batch=2, kv_heads=2, group=group, dim=64, longest=30)
     args = (case.query, case.key, case.value, *case.state, case.layer, case.scale, "ratio", 4)
-    torch.library.opcheck(torch.ops.tgvkv.decode_step.default, args)
+    library.opcheck(torch.ops.tgvkv.decode_step.default, args)
     assert called
 
 
@@ -42,7 +43,7 @@ def test_prefill_scores(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefill, "fused_prefill_scores", lambda prompt: called.append(1) or score(prompt))
     layer = make_layer(batch=2, heads=4, kv_heads=2, length=30, dim=64, mask=mask)
     lse = torch.rand(2, 4, 30) + 3.0
-    torch.library.opcheck(torch.ops.tgvkv.prefill_scores.default, (*layer.args(), lse))
+    library.opcheck(torch.ops.tgvkv.prefill_scores.default, (*layer.args(), lse))
     assert called
 
 
