@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from tgvkv_compile.fx.dead_code import pin_effects
 from tgvkv_compile.fx.dump import Dumper
 from tgvkv_compile.fx.environment import Environment
 from tgvkv_compile.fx.meta import fake_tensor
+from tgvkv_compile.fx.targets import op_kind
 from tgvkv_compile.fx.verify import verify
 from tgvkv_compile.ops.state import CompactState, Survivors
 from tgvkv_compile.passes.extract_vision_count import extract_vision_count
@@ -31,12 +32,12 @@ from tgvkv_compile.passes.insert_eviction import insert_eviction
 from tgvkv_compile.passes.insert_rebudgeting import insert_rebudgeting
 from tgvkv_compile.passes.insert_scoring import insert_scoring
 from tgvkv_compile.passes.insert_survivors import insert_survivors
-from tgvkv_compile.passes.insert_vision_input import insert_vision_input
 from tgvkv_compile.passes.insert_whole_past import insert_whole_past
 from tgvkv_compile.passes.inserted import Budgets, Candidates, LayerCandidates, Scores
 from tgvkv_compile.passes.materialise_masks import materialise_masks
 from tgvkv_compile.passes.normalise_attention import normalise_attention
 from tgvkv_compile.passes.plan_graph import plan_graph
+from tgvkv_compile.passes.read_merges import read_merges
 from tgvkv_compile.plan import AttentionSite, GraphKind, KVAppend, Miss, ModalityMask, Plan, TensorParallel
 
 
@@ -293,10 +294,12 @@ def rewrite_graph(
     return rewrite
 
 
-def with_vision_inputs(gm: GraphModule, places: Sequence[int]) -> GraphModule:
-    """A copy of the graph given masks for those inputs that hold merged embeddings; see `insert_vision_input`."""
+def with_merges_read(gm: GraphModule) -> GraphModule:
+    """The graph without the calls that say what is vision among its inputs, a copy where it had any; see `read_merges`."""
+    if not any(op_kind(node) == "merged" for node in gm.graph.nodes):
+        return gm
     other = copy_graph(gm)
-    insert_vision_input(other, places)
+    read_merges(other)
     return other
 
 

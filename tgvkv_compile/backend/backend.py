@@ -11,7 +11,7 @@ from torch import SymInt, Tensor
 from torch.fx import GraphModule
 
 from tgvkv_compile.backend import dynamo
-from tgvkv_compile.backend.carried import MarkedProgram, MergingProgram, VisionMarks, merged_before_break
+from tgvkv_compile.backend.cut import Cut
 from tgvkv_compile.backend.options import GROWTH_RESERVE, BackendOptions, read_options
 from tgvkv_compile.backend.programs import CachedProgram, PrefillProgram, Refusal, fewest_vision, key_weight
 from tgvkv_compile.backend.vision_turn import LatePrefillProgram, VisionContinuationProgram
@@ -29,7 +29,7 @@ from tgvkv_compile.fx.dump import Dumper
 from tgvkv_compile.fx.meta import fake_tensor, source_line
 from tgvkv_compile.fx.targets import op_kind
 from tgvkv_compile.lower import lower_dense
-from tgvkv_compile.pipeline import Rewrite, plan_of, rewrite_graph, with_vision_inputs
+from tgvkv_compile.pipeline import Rewrite, plan_of, rewrite_graph, with_merges_read
 from tgvkv_compile.plan import Plan, render_misses
 from tgvkv_compile.runtime.compact import arena_slots
 from tgvkv_compile.runtime.logical import LogicalKV
@@ -119,7 +119,7 @@ class TgvkvBackend:
         self.graphs: dict[str, int] = {}
         self._dumper = Dumper(options.dump_graphs)
         self._told: set[str] = set()
-        self._marks = VisionMarks()
+        self.cut = Cut(self)
         if options.configure_dynamo:
             dynamo.configure()
         atexit.register(_warn_if_unreached, self.graphs)
@@ -131,25 +131,20 @@ class TgvkvBackend:
             gm: From dynamo.
             example_inputs: From dynamo, handles included.
         """
+        gm = with_merges_read(gm)
         placeholders = gm.graph.find_nodes(op="placeholder")
         examples = zip(placeholders, example_inputs, strict=True)
         compressed = frozenset(node.name for node, example in examples if isinstance(example, LogicalKV))
-        marked = self._marks.among(example_inputs)
-        seen = with_vision_inputs(gm, marked) if marked else gm
-        plan = plan_of(seen, compressed)
+        plan = plan_of(gm, compressed)
         self.graphs[plan.kind] = self.graphs.get(plan.kind, 0) + 1
         log.info("%s graph: %s (%d attention sites)", plan.kind, plan.reason, len(plan.sites))
-        problem = problem_of(seen, plan)
+        problem = problem_of(gm, plan)
         if problem is not None:
             return self._unsupported(problem, gm, example_inputs, bool(compressed))
         if plan.kind == "dense":
-            merged = merged_before_break(seen, plan)
-            if merged is not None:
-                return MergingProgram(seen, merged, self._marks, lambda graph: self._dense(graph, example_inputs))
             return self._dense(gm, example_inputs)
         try:
-            given = [*example_inputs, *(self._marks.read(example_inputs[place]) for place in marked)]
-            return MarkedProgram(self._program(seen, given, plan, compressed), self._marks, marked)
+            return self._program(gm, example_inputs, plan, compressed)
         except TgvkvError as error:
             return self._unsupported(error, gm, example_inputs, bool(compressed))
 
@@ -238,7 +233,7 @@ def problem_of(gm: GraphModule, plan: Plan) -> TgvkvError | None:
         return UnsupportedGraphError(f"tgvkv: {plan.reason}; {len(plan.misses)} sites cannot be rewritten:\n{listed}{where}")
     if plan.kind == "dense":
         attends = any(op_kind(node) in ("sdpa", "softmax") for node in gm.graph.nodes)
-        if plan.modality is None or attends or merged_before_break(gm, plan) is not None:
+        if plan.modality is None or attends:
             return None
         merge = plan.modality.merges[0]
         found = f"%{merge.name} at {source_line(merge)}"

@@ -35,6 +35,11 @@ def _by_name(
     Raises:
         ConfigError: An option is unknown or out of range.
     """
+    return _resolve(mode=mode, options=options)(gm, example_inputs)
+
+
+def _resolve(*, mode: str | None = None, options: dict[str, Any] | None = None) -> TgvkvBackend:
+    """The backend with these arguments of `torch.compile`; the same for the same."""
     given = dict(options or {})
     if mode is not None and mode != "default":
         given["mode"] = mode
@@ -46,10 +51,11 @@ def _by_name(
         )
     if isinstance(given.get("options"), dict):
         given["options"] = _Frozen(given["options"])
-    return _backend(tuple(sorted(given.items())))(gm, example_inputs)
+    return _backend(tuple(sorted(given.items())))
 
 
 _by_name.takes_handles = True  # type: ignore[attr-defined]  # see `runtime.tracing`
+_by_name.resolve = _resolve  # type: ignore[attr-defined]  # see `backend.cut`
 
 
 class _Frozen(dict[str, Any]):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from tgvkv_compile.backend.uncompiled import keep_uncompiled
+from tgvkv_compile.backend.cut import cut_models
 from tgvkv_compile.errors import ConfigError
 from tgvkv_compile.fx.private import keep_mutations_after_subgraphs, symbolic_shapes_config
 
@@ -66,7 +66,7 @@ def configure() -> None:
 def _adjust() -> None:
     """What no flag does. It stays: dynamo knows no way back, and it changes no result."""
     keep_mutations_after_subgraphs()
-    keep_uncompiled()
+    cut_models()
     _never_warn()
     masks = sys.modules.get("transformers.masking_utils")  # where it is not loaded, there is no model to compile yet
     fast_all = getattr(masks, "fast_all", None)

@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from tgvkv_compile.backend import dynamo
 from tgvkv_compile.backend.backend import problem_of, slots_of_example
-from tgvkv_compile.backend.carried import MergingProgram, VisionMarks, merged_before_break
+from tgvkv_compile.backend.cut import Cut
 from tgvkv_compile.backend.options import BackendOptions, read_options
 from tgvkv_compile.backend.programs import fewest_vision
 from tgvkv_compile.config import EvictionConfig
@@ -19,7 +19,7 @@ from tgvkv_compile.errors import NoAttentionError, TgvkvError
 from tgvkv_compile.fx.meta import fake_tensor, source_line
 from tgvkv_compile.fx.targets import op_kind, target_name
 from tgvkv_compile.ops.budgeting import kept_bound
-from tgvkv_compile.pipeline import find_all, plan_found, rewrite_graph, with_vision_inputs
+from tgvkv_compile.pipeline import find_all, plan_found, rewrite_graph, with_merges_read
 from tgvkv_compile.plan import AttentionSite, GraphKind, Miss, Plan
 from tgvkv_compile.runtime.inspect import CACHE_NAMES
 from tgvkv_compile.runtime.logical import LogicalKV
@@ -200,15 +200,14 @@ class _Finder:
         self.options = options
         self.graphs: list[GraphReport] = []
         self.capacity: Capacity | None = None
-        self._marks = VisionMarks()
+        self.cut = Cut(self)
 
     def __call__(self, gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        marked = self._marks.among(inputs)
-        seen = with_vision_inputs(gm, marked) if marked else gm
-        found = find_all(seen)
+        gm = with_merges_read(gm)
+        found = find_all(gm)
         placeholders = zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)
         plan = plan_found(found, frozenset(node.name for node, value in placeholders if isinstance(value, LogicalKV)))
-        problem = problem_of(seen, plan)
+        problem = problem_of(gm, plan)
         reason = dynamo.graph_break(gm)
         report = GraphReport(
             plan.kind,
@@ -220,12 +219,8 @@ class _Finder:
             None if found.sites else _candidate(gm),
         )
         self.graphs.append(report)
-        masks = [self._marks.read(inputs[place]) for place in marked]
         if plan.kind == "prefill" and problem is None:
-            self.capacity = _capacity(seen, [*inputs, *masks], plan, self.options)
-        merged = merged_before_break(seen, plan)
-        if merged is not None:
-            return MergingProgram(seen, merged, self._marks, _run_readable)
+            self.capacity = _capacity(gm, inputs, plan, self.options)
         return _run_readable(gm)
 
 

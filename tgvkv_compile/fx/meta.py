@@ -9,6 +9,8 @@ from tgvkv_compile.errors import InternalError
 
 VISION_OF = "tgvkv_vision_of"
 """Key in `Node.meta` of an input that is a mask of vision: the name of the input whose embeddings it is for."""
+OF_TOKENS = "tgvkv_of_tokens"
+"""Key in `Node.meta` of an input that holds embeddings: it is known which of them are vision, if any."""
 
 
 def fake_value(node: Node) -> Any:

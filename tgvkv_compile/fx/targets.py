@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+import tgvkv_compile.ops.merged
+
 aten = torch.ops.aten
 
 _FUNCTIONS: dict[Callable[..., Any], str] = {
@@ -73,6 +75,8 @@ _FUNCTIONS: dict[Callable[..., Any], str] = {
     aten.index_copy_.default: "index_copy",
     aten.slice.Tensor: "getitem",
     aten._assert_tensor_metadata.default: "assertion",
+    torch.ops.tgvkv.merged: "merged",
+    torch.ops.tgvkv.merged.default: "merged",
 }
 
 _METHODS = {

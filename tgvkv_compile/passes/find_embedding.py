@@ -2,12 +2,13 @@
 
 from torch.fx import GraphModule, Node
 
+from tgvkv_compile.fx.meta import OF_TOKENS
 from tgvkv_compile.fx.targets import op_kind
 from tgvkv_compile.plan import KVAppend
 
 
 def find_embedding(gm: GraphModule, appends: tuple[KVAppend, ...]) -> Node | None:
-    """Finds the embedding lookup that the first KV append is computed from.
+    """Finds the embedding lookup that the first KV append is computed from, or the input that holds what is known of it.
 
     Before (nothing is changed)::
 
@@ -21,7 +22,7 @@ def find_embedding(gm: GraphModule, appends: tuple[KVAppend, ...]) -> Node | Non
     seen = set(pending)
     while pending:
         node = pending.pop()
-        if op_kind(node) == "embedding":
+        if op_kind(node) == "embedding" or OF_TOKENS in node.meta:
             return node
         parents = [parent for parent in node.all_input_nodes if parent not in seen]
         seen.update(parents)

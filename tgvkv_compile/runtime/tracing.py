@@ -17,6 +17,31 @@ _WRAPPERS = ("_torchdynamo_orig_backend", "compiler_fn", "func", "__wrapped__")
 """Where torch.compile, dynamo's debug wrapper, `functools.partial` and `functools.wraps` keep the backend."""
 
 
+def traced_backend() -> tuple[Any, dict[str, Any]] | None:
+    """The backend with `takes_handles = True` that dynamo traces the present frame for, if it is one.
+
+    Returns:
+        The backend, and the keyword arguments that `torch.compile` has for it (`mode`, `options`); None for all others.
+    """
+    try:
+        backend: Any = InstructionTranslator.current_tx().output.compiler_fn
+    except AttributeError:  # another tracer, such as non-strict export
+        return None
+    given: dict[str, Any] = {}
+    for _ in range(16):
+        if getattr(backend, "takes_handles", False):
+            return backend, given
+        given = getattr(backend, "kwargs", None) or given
+        backend = next((getattr(backend, name) for name in _WRAPPERS if getattr(backend, name, None) is not None), None)
+    return None
+
+
+def must_be_one_graph() -> bool:
+    """Whether dynamo traces the present frame with `fullgraph=True`."""
+    tx: Any = InstructionTranslator.current_tx()
+    return bool(getattr(tx, "one_graph", False) or getattr(tx, "error_on_graph_break", False))
+
+
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def traced_for_handles() -> bool:
     """Whether the frame that dynamo traces now goes to a backend with `takes_handles = True`.
@@ -24,15 +49,7 @@ def traced_for_handles() -> bool:
     Dynamo runs this while it traces and takes the result for a constant, which it is: compiled code is never shared
     between backends.
     """
-    try:
-        backend: Any = InstructionTranslator.current_tx().output.compiler_fn
-    except AttributeError:  # another tracer, such as non-strict export
-        return False
-    for _ in range(16):
-        if getattr(backend, "takes_handles", False):
-            return True
-        backend = next((getattr(backend, name) for name in _WRAPPERS if getattr(backend, name, None) is not None), None)
-    return False
+    return traced_backend() is not None
 
 
 def never_compile(function: Callable[..., Any]) -> None:

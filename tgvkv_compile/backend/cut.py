@@ -1,0 +1,299 @@
+"""Where compiled code begins: a prompt runs uncompiled up to its decoder, a decode step is compiled whole.
+
+What stands before the decoder differs from picture to picture: how many there are, how long each one's features are, sizes
+that a check formats into its message. Dynamo guards all of it, so every new picture would compile the decoder again. The
+decoder itself is handed embeddings and a mask of what is vision among them, both of dynamic length from the first call on:
+one graph serves every prompt.
+
+Model classes get a `forward` around their own that dynamo traces: for backends with a `cut` it leaves the graph there and goes
+on in `Cut.answer`. For every other caller, compiled or not, it calls the class's own `forward`.
+"""
+
+import contextlib
+import functools
+import inspect
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tgvkv_compile.backend.dynamic_sizes import mark_decoder_inputs, mark_state, mark_step_inputs
+from tgvkv_compile.backend.merges import MergeWatch
+from tgvkv_compile.errors import ConfigError
+from tgvkv_compile.ops.merged import merged
+from tgvkv_compile.runtime.tracing import must_be_one_graph, traced_backend
+
+METHODS = ("get_image_features", "get_video_features", "get_audio_features", "get_rope_index")
+"""transformers' names: what encodes pictures, videos and sound, and what finds the positions of their tokens."""
+_ENCODED = ("mm_encoder_outputs", "image_hidden_states")
+"""Arguments that hold what vision encoders made, besides all that begin with `pixel`."""
+
+_CUTS: "weakref.WeakValueDictionary[int, Cut]" = weakref.WeakValueDictionary()
+"""By id, which traced code holds as a constant; the code lives no longer than the backend that it was traced for."""
+
+
+class Cut:
+    """Answers the calls of the models that one backend compiles.
+
+    Args:
+        backend: Called with the graphs, as dynamo calls a backend.
+    """
+
+    def __init__(self, backend: Callable[..., Any]) -> None:
+        self._lock = threading.Lock()
+        self._backend = weakref.proxy(backend)
+        self._compiled: tuple[Callable[..., Any], Callable[..., Any]] | None = None
+        _CUTS[id(self)] = self
+
+    def answer(self, forward: Callable[..., Any], module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """What `module(*args, **kwargs)` gives, the decoder compiled.
+
+        Args:
+            forward: The class's own `forward`.
+            module: The model.
+            args: Of the call.
+            kwargs: Of the call.
+        """
+        given = {**dict(zip(_names(forward)[1:], args, strict=False)), **kwargs}
+        encoded = _brings_vision(given)
+        decoder = _decoder_of(module)
+        if decoder is None or (_length(given) == 1 and not encoded) or (decoder is module and not encoded):
+            args, kwargs = mark_step_inputs((args, kwargs))
+            mark_state(module)
+            return self._step(module, args, kwargs)
+        call = _Prompt(self, decoder, merges_itself=decoder is module or _is_cut(type(decoder)))
+        if decoder is module:
+            return call.run(args, kwargs)
+        with call:
+            return forward(module, *args, **kwargs)
+
+    def _step(self, module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
+        return self._functions()[0](module, args, kwargs)
+
+    def decode(self, decoder: torch.nn.Module, watched: bool, vision: Tensor | None, kwargs: dict[str, Any]) -> Any:
+        """Runs the decoder, compiled.
+
+        Args:
+            decoder: The decoder.
+            watched: Whether it is known what of its embeddings is vision.
+            vision: bool `[B, N, 1]`; None: nothing.
+            kwargs: Of its call.
+        """
+        vision, kwargs = mark_decoder_inputs(vision, kwargs)
+        return self._functions()[1](decoder, watched, vision, kwargs)
+
+    def _functions(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        if self._compiled is None:
+            from tgvkv_compile.backend.dynamo import compile_apart
+
+            with self._lock:
+                inside = _Inside(self._backend)
+                self._compiled = (compile_apart(_call_whole, inside), compile_apart(_call_decoder, inside))
+        return self._compiled
+
+
+class _Inside:
+    """The backend again, for code behind the cut: traced without one."""
+
+    takes_handles = True
+
+    def __init__(self, backend: Callable[..., Any]) -> None:
+        self._backend = backend
+
+    def __call__(self, gm: Any, example_inputs: Any) -> Any:
+        return self._backend(gm, example_inputs)
+
+
+def _call_whole(module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
+    return module.forward(*args, **kwargs)  # hooks of the model have run: its caller is `__call__`
+
+
+def _call_decoder(decoder: torch.nn.Module, watched: bool, vision: Tensor | None, kwargs: dict[str, Any]) -> Any:
+    if watched:
+        kwargs = {**kwargs, "inputs_embeds": merged(kwargs["inputs_embeds"], vision)}
+    return decoder(**kwargs)
+
+
+class _Current(threading.local):
+    """The prompt that this thread is on its way to the decoder with."""
+
+    prompt: "_Prompt | None" = None
+
+
+_CURRENT = _Current()
+
+
+class _Merged(Exception):
+    """Leaves a decoder that merges vision itself as soon as it has."""
+
+    def __init__(self, embeds: Tensor) -> None:
+        super().__init__()
+        self.embeds = embeds
+
+
+class _Prompt:
+    """One call on its way to the decoder: watches what is merged until it gets there.
+
+    Args:
+        cut: Runs the decoder.
+        decoder: Where it goes.
+        merges_itself: Whether vision is merged inside of the decoder's own `forward`.
+    """
+
+    def __init__(self, cut: Cut, decoder: torch.nn.Module, *, merges_itself: bool) -> None:
+        self.decoder = decoder
+        self._cut, self._merges_itself = cut, merges_itself
+        self._watch = MergeWatch()
+        self._watching = contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        _enter_by(self.decoder)
+        self._outer, _CURRENT.prompt = _CURRENT.prompt, self
+        self._watching.enter_context(self._watch)
+
+    def __exit__(self, *error: object) -> None:
+        self._watching.close()
+        _CURRENT.prompt = self._outer
+
+    def run(self, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The decoder's call, in place of the uncompiled one."""
+        self._watching.close()  # what is compiled must not see it, and what follows the decoder merges nothing
+        _CURRENT.prompt = None
+        given = {**dict(zip(_names(type(self.decoder).forward)[1:], args, strict=False)), **kwargs}
+        if self._merges_itself and _brings_vision(given):
+            given = self._merge(given)
+        embeds = given.get("inputs_embeds")
+        watched = self._watch.knows(embeds)
+        return self._cut.decode(self.decoder, watched, self._watch.vision(embeds) if watched else None, given)
+
+    def _merge(self, given: dict[str, Any]) -> dict[str, Any]:
+        watch = _MergeOnly()
+        try:
+            with watch:
+                self.decoder._call_impl(**given)
+        except _Merged as found:
+            self._watch = watch
+            plain = {name: value for name, value in given.items() if not _is_vision(name) and name != "input_ids"}
+            return {**plain, "inputs_embeds": found.embeds}
+        raise ConfigError(
+            f"{type(self.decoder).__name__} was given vision and merged none of it among its tokens' embeddings; what of the "
+            "prompt is vision cannot be seen. Run it uncompressed with on_unsupported='passthrough', or without compile()"
+        )
+
+
+class _MergeOnly(MergeWatch):
+    """Leaves the model at the first merge."""
+
+    def _put(self, embeds: Tensor, vision: Tensor | None) -> None:
+        super()._put(embeds, vision)
+        if vision is not None:
+            raise _Merged(embeds)
+
+
+class _Entry:
+    """What a decoder's call is, for as long as it lives: its own, or that of the prompt that is on its way there."""
+
+    def __init__(self, decoder: torch.nn.Module) -> None:
+        self._decoder = weakref.ref(decoder)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        decoder = self._decoder()
+        assert decoder is not None
+        prompt = _CURRENT.prompt
+        if prompt is None or prompt.decoder is not decoder or torch.compiler.is_compiling():
+            return decoder._call_impl(*args, **kwargs)
+        return prompt.run(args, kwargs)
+
+
+def _enter_by(decoder: torch.nn.Module) -> None:
+    """Makes `decoder(...)` come to the prompt, by the place where `Module.compile` puts what it makes."""
+    entry = decoder._compiled_call_impl
+    if isinstance(entry, _Entry):
+        return
+    if entry is not None:
+        raise ConfigError(
+            f"{type(decoder).__name__} was compiled by itself, and so was the model that it is the decoder of; compile the "
+            "whole model only: model.compile(backend=tgvkv_backend(...))"
+        )
+    decoder._compiled_call_impl = _Entry(decoder)
+
+
+def cut_models() -> None:
+    """Puts the cut before the decoder of every loaded model class that merges vision, once."""
+    for module in list(_subclasses(torch.nn.Module)):
+        forward = vars(module).get("forward")
+        if inspect.isfunction(forward) and hasattr(module, "get_decoder") and not _is_cut(module):
+            if any(hasattr(module, name) for name in METHODS):
+                module.forward = _with_cut(forward)
+
+
+def _subclasses(parent: type[Any]) -> Iterator[type[Any]]:
+    child: type[Any]
+    for child in parent.__subclasses__():
+        yield child
+        yield from _subclasses(child)
+
+
+def _is_cut(module: type[Any]) -> bool:
+    return hasattr(vars(module).get("forward"), "_tgvkv_cut")
+
+
+def _with_cut(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @torch.compiler.disable(reason="tgvkv: what stands before the decoder differs from picture to picture")
+    def apart(key: int, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        return _CUTS[key].answer(forward, module, args, kwargs)
+
+    @functools.wraps(forward)
+    def before_decoder(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            key = _cut_here()
+            if key != 0:
+                return apart(key, self, args, kwargs)
+        return forward(self, *args, **kwargs)
+
+    before_decoder._tgvkv_cut = True  # type: ignore[attr-defined]
+    return before_decoder
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def _cut_here() -> int:
+    """The id of the cut that the traced frame's backend asks for; 0: none."""
+    found = traced_backend()
+    if found is None or must_be_one_graph():
+        return 0
+    backend, given = found
+    resolve = getattr(backend, "resolve", None)
+    cut = getattr(backend if resolve is None else resolve(**given), "cut", None)
+    return 0 if cut is None else id(cut)
+
+
+@functools.lru_cache(maxsize=256)
+def _names(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of the parameters that can be given by position."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(name for name, parameter in inspect.signature(function).parameters.items() if parameter.kind in kinds)
+
+
+def _decoder_of(module: Any) -> torch.nn.Module | None:
+    decoder = module.get_decoder()
+    return decoder if isinstance(decoder, torch.nn.Module) else None
+
+
+def _length(given: Mapping[str, Any]) -> int | None:
+    for name in ("input_ids", "inputs_embeds"):
+        if isinstance(given.get(name), Tensor) and given[name].ndim > 1:
+            return int(given[name].shape[1])
+    return None
+
+
+def _is_vision(name: str) -> bool:
+    return name.startswith("pixel") or name in _ENCODED
+
+
+def _brings_vision(given: Mapping[str, Any]) -> bool:
+    return any(_is_vision(name) and value is not None for name, value in given.items())
+
+
