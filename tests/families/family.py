@@ -91,11 +91,14 @@ def _decoder_layer(name: str) -> int | None:
     return int(name.split("layers.")[1].split(".")[0])
 
 
-Prompt = tuple[int | Kind, ...]
-"""Numbers of text tokens, and the images and videos between them: `(5, "image", 9)`."""
+Prompt = tuple[int | Kind | tuple[Kind, int], ...]
+"""Numbers of text tokens, and the images and videos between them: `(5, "image", 9)`; `("image", 2)` is one of the second
+other size that the family takes (`media.OTHER_SIZES`)."""
 
 
-def make_inputs(family: Family, model: Any, prompts: tuple[Prompt, ...], *, seed: int | None = None) -> dict[str, Tensor]:
+def make_inputs(
+    family: Family, model: Any, prompts: tuple[Prompt, ...], *, seed: int | None = None, others: Mapping[Any, Any] = {}
+) -> dict[str, Tensor]:
     """A batch padded on the left, as the family's processor would give it.
 
     Args:
@@ -103,6 +106,7 @@ def make_inputs(family: Family, model: Any, prompts: tuple[Prompt, ...], *, seed
         model: Its model: it is asked how many features it makes of an image.
         prompts: One per sample.
         seed: Of tokens and pictures; the family's by default.
+        others: What makes pictures of other sizes (`media.OTHER_SIZES`).
     """
     rows: list[list[int]] = []
     kinds: list[list[int]] = []
@@ -117,7 +121,9 @@ def make_inputs(family: Family, model: Any, prompts: tuple[Prompt, ...], *, seed
             if isinstance(part, int):
                 row += torch.randint(FIRST_TEXT, LAST_TEXT, (part,), generator=generator).tolist()
             else:
-                made = family.media[part](generator)
+                part, size = (part, 0) if isinstance(part, str) else part
+                makes = (family.media[part], *others.get(family.media[part], ()))
+                made = makes[size % len(makes)](generator)
                 media[part][-1].append(made)
                 stands = family.layout[part](count_features(family, model, part, made), made)
                 row += stands

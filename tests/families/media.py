@@ -1,5 +1,7 @@
 """What processors make of a picture or a video, and the tokens that they put in its place."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -74,6 +76,70 @@ def packed(generator: torch.Generator) -> Media:
     mask = torch.ones(1, 16, dtype=torch.int64)
     shape = torch.tensor([[4, 4]])
     return {"pixel_values": pixels(generator, 1, 16, 3 * PATCH**2), "spatial_shapes": shape, "pixel_attention_mask": mask}
+
+
+# Pictures and videos of other sizes
+
+
+def tiled_tall(generator: torch.Generator) -> Media:
+    """A picture of 32 by 16 pixels, not all of it used: unpadding leaves out rows."""
+    return {**tiled(generator), "image_sizes": torch.tensor([[2 * SIDE, SIDE - 4]])}
+
+
+def tiled_square(generator: torch.Generator) -> Media:
+    """A picture of 32 by 32 pixels: one tile of the whole and four of its quarters."""
+    return {"pixel_values": pixels(generator, 1, 5, 3, SIDE, SIDE), "image_sizes": torch.tensor([[2 * SIDE, 2 * SIDE]])}
+
+
+def tiled_wide(generator: torch.Generator) -> Media:
+    return {**tiled(generator), "image_sizes": torch.tensor([[SIDE - 6, 2 * SIDE]])}
+
+
+def of_grid(height: int, width: int) -> Callable[[torch.Generator], Media]:
+    """Qwen: `height` by `width` patches."""
+
+    def make(generator: torch.Generator) -> Media:
+        values = pixels(generator, height * width, IN_PATCH)
+        return {"pixel_values": values, "image_grid_thw": torch.tensor([[1, height, width]])}
+
+    return make
+
+
+def of_patches(height: int, width: int) -> Callable[[torch.Generator], Media]:
+    """For paddleocr_vl."""
+
+    def make(generator: torch.Generator) -> Media:
+        values = pixels(generator, height * width, 3, PATCH, PATCH)
+        return {"pixel_values": values, "image_grid_thw": torch.tensor([[1, height, width]])}
+
+    return make
+
+
+def to_merge(height: int, width: int) -> Callable[[torch.Generator], Media]:
+    """For video_llama_3."""
+
+    def make(generator: torch.Generator) -> Media:
+        values = pixels(generator, height * width, 3 * PATCH**2)
+        grid_thw = torch.tensor([[1, height, width]])
+        return {"pixel_values": values, "image_grid_thw": grid_thw, "image_merge_sizes": torch.tensor([1])}
+
+    return make
+
+
+def of_frames(count: int) -> Callable[[torch.Generator], Media]:
+    """For llava's videos."""
+    return lambda generator: {"pixel_values_videos": pixels(generator, 1, count, 3, SIDE, SIDE)}
+
+
+def of_times(count: int, timed: bool = False) -> Callable[[torch.Generator], Media]:
+    """Qwen: `count` times two frames."""
+
+    def make(generator: torch.Generator) -> Media:
+        values, grid_thw = pixels(generator, 16 * count, IN_PATCH), torch.tensor([[count, 4, 4]])
+        stamps = {"second_per_grid_ts": torch.tensor([0.5])} if timed else {}
+        return {"pixel_values_videos": values, "video_grid_thw": grid_thw, **stamps}
+
+    return make
 
 
 # Videos
@@ -164,3 +230,15 @@ def gemma_token_types(kinds: Tensor) -> Media:
 def prefix_token_types(kinds: Tensor) -> Media:
     """Paligemma: the whole prompt is prefix."""
     return {"token_type_ids": torch.zeros_like(kinds)}
+
+
+OTHER_SIZES: dict[Callable[[torch.Generator], Media], tuple[Callable[[torch.Generator], Media], ...]] = {
+    tiled: (tiled_tall, tiled_square, tiled_wide),
+    grid: (of_grid(4, 4), of_grid(8, 12), of_grid(12, 4)),
+    grid_of_patches: (of_patches(4, 4), of_patches(8, 8), of_patches(12, 4)),
+    grid_to_merge: (to_merge(4, 8), to_merge(8, 8), to_merge(4, 12)),
+    frames: (of_frames(1), of_frames(5)),
+    grid_video: (of_times(1), of_times(5)),
+    timed_grid_video: (of_times(1, timed=True), of_times(5, timed=True)),
+}
+"""What makes pictures or videos of other sizes, where a family takes them; all others have one size for every picture."""

@@ -20,19 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tgvkv_compile.backend.callers import warn_of_chunks
 from tgvkv_compile.backend.dynamic_sizes import mark_decoder_inputs, mark_state, mark_step_inputs
 from tgvkv_compile.backend.merges import MergeWatch
 from tgvkv_compile.errors import ConfigError
 from tgvkv_compile.ops.merged import merged
-from tgvkv_compile.runtime.tracing import must_be_one_graph, traced_backend
+from tgvkv_compile.runtime.tracing import active_backend, must_be_one_graph, never_compile_frame, traced_backend
 
 METHODS = ("get_image_features", "get_video_features", "get_audio_features", "get_rope_index")
 """transformers' names: what encodes pictures, videos and sound, and what finds the positions of their tokens."""
 _ENCODED = ("mm_encoder_outputs", "image_hidden_states")
 """Arguments that hold what vision encoders made, besides all that begin with `pixel`."""
-
-_CUTS: "weakref.WeakValueDictionary[int, Cut]" = weakref.WeakValueDictionary()
-"""By id, which traced code holds as a constant; the code lives no longer than the backend that it was traced for."""
 
 
 class Cut:
@@ -46,7 +44,6 @@ class Cut:
         self._lock = threading.Lock()
         self._backend = weakref.proxy(backend)
         self._compiled: tuple[Callable[..., Any], Callable[..., Any]] | None = None
-        _CUTS[id(self)] = self
 
     def answer(self, forward: Callable[..., Any], module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """What `module(*args, **kwargs)` gives, the decoder compiled.
@@ -61,17 +58,16 @@ class Cut:
         encoded = _brings_vision(given)
         decoder = _decoder_of(module)
         if decoder is None or (_length(given) == 1 and not encoded) or (decoder is module and not encoded):
-            args, kwargs = mark_step_inputs((args, kwargs))
-            mark_state(module)
-            return self._step(module, args, kwargs)
+            return self._step(module, given if encoded else _without_vision(module, decoder, given))
         call = _Prompt(self, decoder, merges_itself=decoder is module or _is_cut(type(decoder)))
         if decoder is module:
             return call.run(args, kwargs)
         with call:
             return forward(module, *args, **kwargs)
 
-    def _step(self, module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
-        return self._functions()[0](module, args, kwargs)
+    def _step(self, module: torch.nn.Module, kwargs: dict[str, Any]) -> Any:
+        mark_state(module)
+        return self._functions()[0](module, mark_step_inputs(kwargs))
 
     def decode(self, decoder: torch.nn.Module, watched: bool, vision: Tensor | None, kwargs: dict[str, Any]) -> Any:
         """Runs the decoder, compiled.
@@ -86,13 +82,13 @@ class Cut:
         return self._functions()[1](decoder, watched, vision, kwargs)
 
     def _functions(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        if self._compiled is None:
-            from tgvkv_compile.backend.dynamo import compile_apart
+        with self._lock:
+            if self._compiled is None:
+                from tgvkv_compile.backend.dynamo import compile_apart  # it puts the cut into model classes
 
-            with self._lock:
                 inside = _Inside(self._backend)
                 self._compiled = (compile_apart(_call_whole, inside), compile_apart(_call_decoder, inside))
-        return self._compiled
+            return self._compiled
 
 
 class _Inside:
@@ -107,8 +103,8 @@ class _Inside:
         return self._backend(gm, example_inputs)
 
 
-def _call_whole(module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
-    return module.forward(*args, **kwargs)  # hooks of the model have run: its caller is `__call__`
+def _call_whole(module: torch.nn.Module, kwargs: dict[str, Any]) -> Any:
+    return module.forward(**kwargs)  # hooks of the model have run: its caller is `__call__`
 
 
 def _call_decoder(decoder: torch.nn.Module, watched: bool, vision: Tensor | None, kwargs: dict[str, Any]) -> Any:
@@ -167,6 +163,8 @@ class _Prompt:
             given = self._merge(given)
         embeds = given.get("inputs_embeds")
         watched = self._watch.knows(embeds)
+        if watched and self._watch.vision(embeds) is not None:
+            warn_of_chunks(embeds.shape[1])
         return self._cut.decode(self.decoder, watched, self._watch.vision(embeds) if watched else None, given)
 
     def _merge(self, given: dict[str, Any]) -> dict[str, Any]:
@@ -222,12 +220,15 @@ def _enter_by(decoder: torch.nn.Module) -> None:
 
 
 def cut_models() -> None:
-    """Puts the cut before the decoder of every loaded model class that merges vision, once."""
-    for module in list(_subclasses(torch.nn.Module)):
-        forward = vars(module).get("forward")
-        if inspect.isfunction(forward) and hasattr(module, "get_decoder") and not _is_cut(module):
-            if any(hasattr(module, name) for name in METHODS):
-                module.forward = _with_cut(forward)
+    """Puts the cut before the decoder of every loaded model class that merges vision, or has a head on one that does; once."""
+    models = [model for model in _subclasses(torch.nn.Module) if hasattr(model, "get_decoder")]
+    merging = {model for model in models if any(hasattr(model, name) for name in METHODS)}
+    files = {model.__module__ for model in merging}
+    for model in models:
+        forward = vars(model).get("forward")
+        ours = model in merging or (model.__module__ in files and hasattr(model, "generate"))
+        if ours and inspect.isfunction(forward) and not _is_cut(model):
+            model.forward = _with_cut(forward)
 
 
 def _subclasses(parent: type[Any]) -> Iterator[type[Any]]:
@@ -243,31 +244,36 @@ def _is_cut(module: type[Any]) -> bool:
 
 def _with_cut(forward: Callable[..., Any]) -> Callable[..., Any]:
     @torch.compiler.disable(reason="tgvkv: what stands before the decoder differs from picture to picture")
-    def apart(key: int, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        return _CUTS[key].answer(forward, module, args, kwargs)
+    def apart(cut: Cut, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        return cut.answer(forward, module, args, kwargs)
 
     @functools.wraps(forward)
     def before_decoder(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
-            key = _cut_here()
-            if key != 0:
-                return apart(key, self, args, kwargs)
-        return forward(self, *args, **kwargs)
+            if _cuts_here():
+                torch._dynamo.graph_break(msg="tgvkv: a prompt runs uncompiled up to its decoder")
+            return forward(self, *args, **kwargs)
+        cut = _cut_of(active_backend())
+        return forward(self, *args, **kwargs) if cut is None else apart(cut, self, args, kwargs)
 
+    never_compile_frame(before_decoder)
     before_decoder._tgvkv_cut = True  # type: ignore[attr-defined]
     return before_decoder
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
-def _cut_here() -> int:
-    """The id of the cut that the traced frame's backend asks for; 0: none."""
-    found = traced_backend()
-    if found is None or must_be_one_graph():
-        return 0
+def _cuts_here() -> bool:
+    """Whether the traced frame's backend asks for a cut; then the trace ends here, and eager code calls the same function."""
+    return _cut_of(traced_backend()) is not None and not must_be_one_graph()
+
+
+def _cut_of(found: tuple[Any, dict[str, Any]] | None) -> Cut | None:
+    if found is None:
+        return None
     backend, given = found
     resolve = getattr(backend, "resolve", None)
-    cut = getattr(backend if resolve is None else resolve(**given), "cut", None)
-    return 0 if cut is None else id(cut)
+    cut: Cut | None = getattr(backend if resolve is None else resolve(**given), "cut", None)
+    return cut
 
 
 @functools.lru_cache(maxsize=256)
@@ -287,6 +293,22 @@ def _length(given: Mapping[str, Any]) -> int | None:
         if isinstance(given.get(name), Tensor) and given[name].ndim > 1:
             return int(given[name].shape[1])
     return None
+
+
+def _without_vision(module: torch.nn.Module, decoder: torch.nn.Module | None, given: dict[str, Any]) -> dict[str, Any]:
+    """Without what is for encoders only: `generate` goes on giving the sizes of pictures to steps that have none."""
+    if decoder is None:
+        return given
+    classes = frozenset({type(module), type(getattr(module, "base_model", module))})
+    dropped = _of_encoders(classes).difference(_names(type(decoder).forward))
+    return {name: value for name, value in given.items() if value is not None and name not in dropped}
+
+
+@functools.lru_cache(maxsize=256)
+def _of_encoders(classes: frozenset[type[Any]]) -> frozenset[str]:
+    """What the `METHODS` of model classes take."""
+    methods = [getattr(model, name) for model in classes for name in METHODS if hasattr(model, name)]
+    return frozenset(name for method in methods for name in _names(method))
 
 
 def _is_vision(name: str) -> bool:

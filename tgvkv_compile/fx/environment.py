@@ -38,9 +38,19 @@ class Environment:
         self._moved: dict[Any, Any] = {}
 
     def symbol(self, name: str, hint: int) -> SymInt:
-        """A new symbolic size with the value `hint` in this call."""
+        """A new symbolic size with the value `hint` in this call.
+
+        Dynamo makes symbols of a cache's Python ints, which begin at 0: such a one must not become a constant here.
+        """
         source = ConstantSource(name)
-        symbol = self.shape_env.create_symbol(hint, source=source, dynamic_dim=DimDynamic.DYNAMIC)
+        few = hint in (0, 1)
+        symbol = self.shape_env.create_symbol(
+            hint,
+            source=source,
+            dynamic_dim=DimDynamic.DYNAMIC,
+            positive=None if few else True,
+            do_not_specialize_zero_one=few,
+        )
         node = self.shape_env.create_symintnode(symbol, hint=hint, source=source)
         assert isinstance(node, SymInt)
         return node

@@ -3,6 +3,7 @@
 Private torch imports of the runtime, checked on torch 2.13.0:
 
 - `InstructionTranslator.current_tx().output.compiler_fn` is the backend of the frame that is being traced.
+- `get_eval_frame_callback` is what dynamo compiles the frames that are called now with; it knows the backend.
 - `set_code_exec_strategy` keeps dynamo from compiling a function's frame; it can still be inlined into others.
 """
 
@@ -10,7 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
+from torch._C._dynamo.eval_frame import (
+    _FrameAction,
+    _FrameExecStrategy,
+    get_eval_frame_callback,
+    set_code_exec_strategy,
+)
 from torch._dynamo.symbolic_convert import InstructionTranslator
 
 _WRAPPERS = ("_torchdynamo_orig_backend", "compiler_fn", "func", "__wrapped__")
@@ -27,6 +33,15 @@ def traced_backend() -> tuple[Any, dict[str, Any]] | None:
         backend: Any = InstructionTranslator.current_tx().output.compiler_fn
     except AttributeError:  # another tracer, such as non-strict export
         return None
+    return _handling(backend)
+
+
+def active_backend() -> tuple[Any, dict[str, Any]] | None:
+    """As `traced_backend`, of frames that eager code calls now: those of compiled code that left a graph."""
+    return _handling(get_eval_frame_callback())
+
+
+def _handling(backend: Any) -> tuple[Any, dict[str, Any]] | None:
     given: dict[str, Any] = {}
     for _ in range(16):
         if getattr(backend, "takes_handles", False):
@@ -60,3 +75,8 @@ def never_compile(function: Callable[..., Any]) -> None:
     """
     skip = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
     set_code_exec_strategy(function.__code__, skip)
+
+
+def never_compile_frame(function: Callable[..., Any]) -> None:
+    """Keeps dynamo from compiling `function` where eager code calls it; what it calls is compiled as ever."""
+    set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.DEFAULT))
