@@ -42,7 +42,7 @@ def test_a_vision_language_model() -> None:
         assert (site.form, site.heads, site.kv_heads, site.head_dim) == ("sdpa", 4, 2, 8)
         assert "sdpa_attention.py:" in site.source and "scaled_dot_product_attention" in site.source
     assert found.missed == () and found.broke_at is None
-    assert any(graph.broke_at for graph in report.graphs)  # the vision tower breaks
+    assert len(report.graphs) == 1  # the vision tower and the merge run before it
     text = str(report)
     assert len(text.splitlines()) < 40 and all(len(line) <= 160 for line in text.splitlines())
     for part in (

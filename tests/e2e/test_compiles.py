@@ -8,7 +8,7 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from tests.support.counting import of_generate
-from tests.support.models import Shape, make_inputs, make_model
+from tests.support.models import IMAGE, Shape, make_inputs, make_model
 from tgvkv_compile import tgvkv_backend
 from tgvkv_compile.backend import programs
 
@@ -66,29 +66,43 @@ def test_one_prefill_and_one_decode_graph(counts: Counts, prompts: Any, lowering
     ask(model, prompts, 100)  # grows the arena more than once
     assert counts.now() == ({"prefill": 1, "decode": 1}, 2)
 
-    ask(model, longer(prompts, 4), 3)  # the length becomes dynamic
-    graphs, lowered = counts.now()
-    assert graphs["decode"] == 1
-    assert graphs["prefill"] <= 2
-    assert set(graphs) == {"prefill", "decode"}
-    assert lowered <= 3
-
-    for by in range(5, 15):
+    for by in range(4, 15):  # lengths are dynamic from the first call on
         ask(model, longer(prompts, by), 3)
-    assert counts.now() == (graphs, lowered)
+    assert counts.now() == ({"prefill": 1, "decode": 1}, 2)
 
 
-def test_spans_share_a_graph_and_each_number_of_pictures_has_one(counts: Counts) -> None:
-    """Where images stand is data. How many there are is the length of a list of transformers', which dynamo guards."""
+def test_spans_and_numbers_of_pictures_share_a_graph(counts: Counts) -> None:
+    """Where images stand is data, and so is how many there are: they are merged before the graph begins."""
     model = make_model(SHAPE)
     model.compile(backend=counts.backend)
-    for prompts in (SINGLE, ((6, 10),), ((2, 3, 9),), ((0, 3, 3, 6),)):
+    for prompts in (SINGLE, ((6, 10),), ((2, 3, 9),), ((0, 3, 3, 6),), ((9, 1),), ((2, 8, 4),), ((1, 0, 1, 1),)):
         ask(model, prompts, 2)
+        assert counts.now() == ({"prefill": 1, "decode": 1}, 2)
+
+
+@pytest.mark.parametrize("order", [(1, 2, 3), (3, 2, 1), (2, 4, 1)])
+def test_one_more_graph_when_batches_come_in_any_order(counts: Counts, order: tuple[int, ...]) -> None:
+    model = make_model(SHAPE)
+    model.compile(backend=counts.backend)
+    for batch in order:
+        ask(model, ((5, 9),) * batch, 4)
+        ask(model, ((4, 12), *((5, 9),) * (batch - 1)), 4)
+    assert counts.now() == ({"prefill": 2, "decode": 2}, 4)
+
+
+def test_a_text_only_prompt_adds_graphs_of_its_own_and_changes_none(counts: Counts) -> None:
+    model = make_model(SHAPE)
+    model.compile(backend=counts.backend)
+    text = make_inputs(SINGLE)["input_ids"].clamp(max=IMAGE - 1)
+    stock = make_model(SHAPE)
+    for length in (8, 11, 14):
+        ask(model, longer(SINGLE, length), 3)
+        part = text[:, :length]
+        found = model.generate(part, max_new_tokens=3, do_sample=False)
+        assert torch.equal(found, stock.generate(part, max_new_tokens=3, do_sample=False))
     graphs, lowered = counts.now()
-    assert graphs == {"prefill": 4, "decode": 1} and lowered == 5  # for one picture a static length first
-    for prompts in (((9, 1),), ((1, 7),), ((2, 8, 4),), ((7, 7, 1),), ((3, 2, 2, 9),), ((1, 0, 1, 1),)):
-        ask(model, prompts, 2)
-    assert counts.now() == (graphs, lowered)
+    assert graphs["prefill"] == graphs["decode"] == 1 and lowered == 2
+    assert graphs["dense"] <= 3  # as torch.compile: the prompt, the first step, steps of any length
 
 
 def test_a_new_batch_size_is_compiled_once(counts: Counts) -> None:

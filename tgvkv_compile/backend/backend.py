@@ -119,7 +119,7 @@ class TgvkvBackend:
         self.graphs: dict[str, int] = {}
         self._dumper = Dumper(options.dump_graphs)
         self._told: set[str] = set()
-        self.cut = Cut(self)
+        self.cut = Cut(self, strict=options.on_unsupported == "raise")
         if options.configure_dynamo:
             dynamo.configure()
         atexit.register(_warn_if_unreached, self.graphs)
@@ -235,6 +235,8 @@ def problem_of(gm: GraphModule, plan: Plan) -> TgvkvError | None:
         attends = any(op_kind(node) in ("sdpa", "softmax") for node in gm.graph.nodes)
         if plan.modality is None or attends:
             return None
+        if reason is not None:
+            return SplitDecoderError(f"dynamo split the decoder before its first attention{where}")
         merge = plan.modality.merges[0]
         found = f"%{merge.name} at {source_line(merge)}"
         return NoAttentionError(

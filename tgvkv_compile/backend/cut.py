@@ -23,9 +23,16 @@ from torch import Tensor
 from tgvkv_compile.backend.callers import warn_of_chunks
 from tgvkv_compile.backend.dynamic_sizes import mark_decoder_inputs, mark_state, mark_step_inputs
 from tgvkv_compile.backend.merges import MergeWatch
-from tgvkv_compile.errors import ConfigError
+from tgvkv_compile.errors import ConfigError, UnsupportedGraphError
 from tgvkv_compile.ops.merged import merged
-from tgvkv_compile.runtime.tracing import active_backend, must_be_one_graph, never_compile_frame, traced_backend
+from tgvkv_compile.runtime.inspect import CACHE_NAMES
+from tgvkv_compile.runtime.tracing import (
+    active_backend,
+    active_is_one_graph,
+    must_be_one_graph,
+    never_compile_frame,
+    traced_backend,
+)
 
 METHODS = ("get_image_features", "get_video_features", "get_audio_features", "get_rope_index")
 """transformers' names: what encodes pictures, videos and sound, and what finds the positions of their tokens."""
@@ -38,9 +45,11 @@ class Cut:
 
     Args:
         backend: Called with the graphs, as dynamo calls a backend.
+        strict: Whether a model that never comes to its decoder is an error.
     """
 
-    def __init__(self, backend: Callable[..., Any]) -> None:
+    def __init__(self, backend: Callable[..., Any], *, strict: bool) -> None:
+        self.strict = strict
         self._lock = threading.Lock()
         self._backend = weakref.proxy(backend)
         self._compiled: tuple[Callable[..., Any], Callable[..., Any]] | None = None
@@ -57,13 +66,18 @@ class Cut:
         given = {**dict(zip(_names(forward)[1:], args, strict=False)), **kwargs}
         encoded = _brings_vision(given)
         decoder = _decoder_of(module)
+        if decoder is not None and "attention_mask" in _names(forward):
+            given = _masked_batch(given)
+            args, kwargs = (), given
         if decoder is None or (_length(given) == 1 and not encoded) or (decoder is module and not encoded):
             return self._step(module, given if encoded else _without_vision(module, decoder, given))
         call = _Prompt(self, decoder, merges_itself=decoder is module or _is_cut(type(decoder)))
         if decoder is module:
             return call.run(args, kwargs)
         with call:
-            return forward(module, *args, **kwargs)
+            output = forward(module, *args, **kwargs)
+        call.check_reached(module)
+        return output
 
     def _step(self, module: torch.nn.Module, kwargs: dict[str, Any]) -> Any:
         mark_state(module)
@@ -144,6 +158,7 @@ class _Prompt:
         self._cut, self._merges_itself = cut, merges_itself
         self._watch = MergeWatch()
         self._watching = contextlib.ExitStack()
+        self._reached = False
 
     def __enter__(self) -> None:
         _enter_by(self.decoder)
@@ -154,24 +169,34 @@ class _Prompt:
         self._watching.close()
         _CURRENT.prompt = self._outer
 
+    def check_reached(self, module: torch.nn.Module) -> None:
+        """Raises [`UnsupportedGraphError`][] where the model answered without its decoder: all of it ran uncompressed."""
+        if not self._reached and self._cut.strict:
+            raise UnsupportedGraphError(
+                f"{type(module).__name__}.forward never called {type(self.decoder).__name__}, which get_decoder() says is its "
+                "decoder, so nothing was compressed; run it uncompressed with on_unsupported='passthrough'"
+            )
+
     def run(self, args: Any, kwargs: dict[str, Any]) -> Any:
         """The decoder's call, in place of the uncompiled one."""
+        self._reached = True
         self._watching.close()  # what is compiled must not see it, and what follows the decoder merges nothing
         _CURRENT.prompt = None
         given = {**dict(zip(_names(type(self.decoder).forward)[1:], args, strict=False)), **kwargs}
         if self._merges_itself and _brings_vision(given):
             given = self._merge(given)
-        embeds = given.get("inputs_embeds")
+        embeds: Any = given.get("inputs_embeds")
         watched = self._watch.knows(embeds)
-        if watched and self._watch.vision(embeds) is not None:
+        vision = self._watch.vision(embeds) if watched else None
+        if vision is not None:
             warn_of_chunks(embeds.shape[1])
-        return self._cut.decode(self.decoder, watched, self._watch.vision(embeds) if watched else None, given)
+        return self._cut.decode(self.decoder, watched, vision, given)
 
     def _merge(self, given: dict[str, Any]) -> dict[str, Any]:
         watch = _MergeOnly()
         try:
             with watch:
-                self.decoder._call_impl(**given)
+                self.decoder._call_impl(**given)  # type: ignore[no-untyped-call]
         except _Merged as found:
             self._watch = watch
             plain = {name: value for name, value in given.items() if not _is_vision(name) and name != "input_ids"}
@@ -202,7 +227,7 @@ class _Entry:
         assert decoder is not None
         prompt = _CURRENT.prompt
         if prompt is None or prompt.decoder is not decoder or torch.compiler.is_compiling():
-            return decoder._call_impl(*args, **kwargs)
+            return decoder._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         return prompt.run(args, kwargs)
 
 
@@ -242,8 +267,11 @@ def _is_cut(module: type[Any]) -> bool:
     return hasattr(vars(module).get("forward"), "_tgvkv_cut")
 
 
+_REASON = "tgvkv: what stands before the decoder differs from picture to picture"
+
+
 def _with_cut(forward: Callable[..., Any]) -> Callable[..., Any]:
-    @torch.compiler.disable(reason="tgvkv: what stands before the decoder differs from picture to picture")
+    @torch.compiler.disable(reason=_REASON)  # type: ignore[no-untyped-call, untyped-decorator]
     def apart(cut: Cut, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         return cut.answer(forward, module, args, kwargs)
 
@@ -253,7 +281,7 @@ def _with_cut(forward: Callable[..., Any]) -> Callable[..., Any]:
             if _cuts_here():
                 torch._dynamo.graph_break(msg="tgvkv: a prompt runs uncompiled up to its decoder")
             return forward(self, *args, **kwargs)
-        cut = _cut_of(active_backend())
+        cut = _active_cut()
         return forward(self, *args, **kwargs) if cut is None else apart(cut, self, args, kwargs)
 
     never_compile_frame(before_decoder)
@@ -265,6 +293,24 @@ def _with_cut(forward: Callable[..., Any]) -> Callable[..., Any]:
 def _cuts_here() -> bool:
     """Whether the traced frame's backend asks for a cut; then the trace ends here, and eager code calls the same function."""
     return _cut_of(traced_backend()) is not None and not must_be_one_graph()
+
+
+def _active_cut() -> Cut | None:
+    """The cut of the backend that frames called now are compiled for.
+
+    Raises:
+        ConfigError: They are to be one graph.
+    """
+    cut = _cut_of(active_backend())
+    if cut is not None and active_is_one_graph():
+        raise ConfigError(
+            "fullgraph=True cannot be honoured: a prompt runs uncompiled up to its decoder. Leave it out; the decoder is one "
+            "graph all the same, and a decoder that dynamo splits raises SplitDecoderError"
+        )
+    return cut
+
+
+never_compile(_active_cut)
 
 
 def _cut_of(found: tuple[Any, dict[str, Any]] | None) -> Cut | None:
@@ -284,7 +330,8 @@ def _names(function: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def _decoder_of(module: Any) -> torch.nn.Module | None:
-    decoder = module.get_decoder()
+    """What `forward` hands embeddings to; None where an encoder reads the prompt."""
+    decoder = None if getattr(module.config, "is_encoder_decoder", False) else module.get_decoder()
     return decoder if isinstance(decoder, torch.nn.Module) else None
 
 
@@ -311,11 +358,24 @@ def _of_encoders(classes: frozenset[type[Any]]) -> frozenset[str]:
     return frozenset(name for method in methods for name in _names(method))
 
 
+def _masked_batch(given: dict[str, Any]) -> dict[str, Any]:
+    """With a mask for a batch that has none, in prompts and steps: `generate` leaves out one that masks nothing.
+
+    A batch that happens to need no padding is then the same graph as any other.
+    """
+    tokens = given.get("input_ids")
+    if given.get("attention_mask") is not None or not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.shape[0] == 1:
+        return given
+    cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
+    past = 0 if cache is None else int(cache.get_seq_length())
+    if past > 0 and tokens.shape[1] > 1:
+        return given
+    return {**given, "attention_mask": tokens.new_ones((tokens.shape[0], past + tokens.shape[1]))}
+
+
 def _is_vision(name: str) -> bool:
     return name.startswith("pixel") or name in _ENCODED
 
 
 def _brings_vision(given: Mapping[str, Any]) -> bool:
     return any(_is_vision(name) and value is not None for name, value in given.items())
-
-

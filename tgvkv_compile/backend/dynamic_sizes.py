@@ -44,7 +44,9 @@ def _of_decoder(tensor: Tensor, sizes: Collection[int]) -> tuple[int, ...]:
 
 def mark_step_inputs(given: Any) -> Any:
     """The arguments of a decode step, marked: `[B, 1]`, `[B, S]`, `[3, B, 1]`, and caches that are no handles."""
-    return _marked(given, lambda tensor: (1, 2) if tensor.ndim == 3 and not tensor.is_floating_point() else (0, tensor.ndim - 1))
+    return _marked(
+        given, lambda tensor: (1, 2) if tensor.ndim == 3 and not tensor.is_floating_point() else (0, tensor.ndim - 1)
+    )
 
 
 def mark_state(module: torch.nn.Module) -> None:
@@ -58,7 +60,7 @@ def mark_state(module: torch.nn.Module) -> None:
 def _marked(given: Any, dims: Callable[[Tensor], tuple[int, ...]]) -> Any:
     if isinstance(given, Tensor):
         return given if isinstance(given, LogicalKV) else _mark(given, dims(given))
-    if isinstance(given, dict):
+    if type(given) is dict:
         return {name: _marked(value, dims) for name, value in given.items()}
     if type(given) in (list, tuple):
         return type(given)(_marked(value, dims) for value in given)

@@ -200,7 +200,7 @@ class _Finder:
         self.options = options
         self.graphs: list[GraphReport] = []
         self.capacity: Capacity | None = None
-        self.cut = Cut(self)
+        self.cut = Cut(self, strict=options.on_unsupported == "raise")
 
     def __call__(self, gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         gm = with_merges_read(gm)

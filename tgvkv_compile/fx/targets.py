@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-import tgvkv_compile.ops.merged
+from tgvkv_compile.ops.merged import SPELLINGS
 
 aten = torch.ops.aten
 
@@ -75,8 +75,7 @@ _FUNCTIONS: dict[Callable[..., Any], str] = {
     aten.index_copy_.default: "index_copy",
     aten.slice.Tensor: "getitem",
     aten._assert_tensor_metadata.default: "assertion",
-    torch.ops.tgvkv.merged: "merged",
-    torch.ops.tgvkv.merged.default: "merged",
+    **dict.fromkeys(SPELLINGS, "merged"),
 }
 
 _METHODS = {

@@ -12,10 +12,13 @@ def _merged(embeds: Tensor, vision: Tensor | None) -> Tensor:
     return embeds.clone()  # an op's result may not be its input; graphs of ours hold no such node when they run
 
 
+SPELLINGS = (torch.ops.tgvkv.merged, torch.ops.tgvkv.merged.default)
+"""How graphs call it."""
+
 library.impl("tgvkv::merged", "CompositeExplicitAutograd", _merged)
 
 
-@library.register_fake("tgvkv::merged")
+@library.register_fake("tgvkv::merged")  # type: ignore[untyped-decorator]
 def _(embeds: Tensor, vision: Tensor | None) -> Tensor:
     return torch.empty_like(embeds)
 

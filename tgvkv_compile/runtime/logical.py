@@ -98,7 +98,8 @@ def make_handle(compact: CompactCache, layer: int, role: Role) -> LogicalKV:
         filler = torch.full((), float("nan"), dtype=arena.dtype, device=arena.device)
         handle = torch.Tensor._make_subclass(LogicalKV, filler.expand(batch, heads, compact.logical_length, dim))
     handle.compact, handle.layer, handle.role = compact, layer, role
-    maybe_mark_dynamic(handle, 2)
+    for dim in (0, 2):
+        maybe_mark_dynamic(handle, dim)
     return handle
 
 

@@ -41,6 +41,11 @@ def active_backend() -> tuple[Any, dict[str, Any]] | None:
     return _handling(get_eval_frame_callback())
 
 
+def active_is_one_graph() -> bool:
+    """Whether frames that eager code calls now are compiled with `fullgraph=True`."""
+    return bool(getattr(get_eval_frame_callback(), "_one_graph", False))
+
+
 def _handling(backend: Any) -> tuple[Any, dict[str, Any]] | None:
     given: dict[str, Any] = {}
     for _ in range(16):
