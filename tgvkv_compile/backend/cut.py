@@ -30,6 +30,7 @@ from tgvkv_compile.runtime.tracing import (
     active_backend,
     active_is_one_graph,
     must_be_one_graph,
+    never_compile,
     never_compile_frame,
     traced_backend,
 )
