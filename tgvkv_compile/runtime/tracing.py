@@ -3,6 +3,7 @@
 Private torch imports of the runtime, checked on torch 2.13.0:
 
 - `InstructionTranslator.current_tx().output.compiler_fn` is the backend of the frame that is being traced.
+- What `torch.compile` returns for a function has dynamo's callback in its closure, and the callback wraps the backend.
 - `set_code_exec_strategy` keeps dynamo from compiling a function's frame; it can still be inlined into others.
 """
 
@@ -28,6 +29,21 @@ def traced_for_handles() -> bool:
         backend: Any = InstructionTranslator.current_tx().output.compiler_fn
     except AttributeError:  # another tracer, such as non-strict export
         return False
+    return _takes_handles(backend)
+
+
+def compiled_for_handles(function: Callable[..., Any]) -> bool:
+    """Whether `torch.compile` made `function`, or what it wraps, for a backend with `takes_handles = True`."""
+    wrapped: Any = function
+    while wrapped is not None:
+        cells = getattr(wrapped, "__closure__", None) or ()
+        if any(_takes_handles(cell.cell_contents) for cell in cells):
+            return True
+        wrapped = getattr(wrapped, "__wrapped__", None)
+    return False
+
+
+def _takes_handles(backend: Any) -> bool:
     for _ in range(16):
         if getattr(backend, "takes_handles", False):
             return True
