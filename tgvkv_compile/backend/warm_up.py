@@ -14,16 +14,15 @@ from tgvkv_compile.runtime.tracing import compiled_for_handles
 
 QUESTION = "What is this?"
 IDS, MASK = "input_ids", "attention_mask"
-LONGER = 3
-"""Tokens that a request has more than the one before it."""
+PADDING = 3
+"""Tokens; samples of a batch differ in length, as those of users do: transformers hands on no mask where all are the same."""
 
 
 def warm_up(model: Any, inputs: Any, *, batch_sizes: Sequence[int] = (1,), new_tokens: int = 2) -> None:
     """Answers tiny requests, so that what real ones need is compiled.
 
-    Call it as requests will call the model: on the same device, within the same `inference_mode` or autocast. Each batch size
-    is asked twice, the second time a few tokens longer, and a batch of several with one sample more, so that neither is taken
-    for a constant. Batches are padded.
+    Call it as requests will call the model: on the same device, within the same `inference_mode` or autocast. Lengths, pictures
+    and, for batches of several, the number of samples are dynamic: what one request has compiled serves all like it.
 
     Args:
         model: Compiled in place, by `tgvkv_compile.compile(model)` or `model.compile(backend=tgvkv_backend(...))`.
@@ -44,8 +43,7 @@ def warm_up(model: Any, inputs: Any, *, batch_sizes: Sequence[int] = (1,), new_t
     sample = _sample(model, inputs)
     with _as_it_was(model):
         for size in batch_sizes:
-            for samples, more in ((size, LONGER), (size if size == 1 else size + 1, 2 * LONGER)):
-                model.generate(**_batch(sample, samples, more), max_new_tokens=new_tokens, min_new_tokens=new_tokens)
+            model.generate(**_batch(sample, size), max_new_tokens=new_tokens, min_new_tokens=new_tokens)
 
 
 def _check_model(model: Any) -> None:
@@ -77,12 +75,14 @@ def _sample(model: Any, inputs: Any) -> dict[str, Any]:
     return {MASK: torch.ones_like(ids), **inputs}
 
 
-def _batch(sample: Mapping[str, Any], size: int, more: int) -> dict[str, Any]:
-    """The sample `size` times, each time `more` tokens longer: by turns with a longer question, and padded on the left.
+def _batch(sample: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """The sample `size` times, by turns with a longer question and padded on the left.
 
     Tensors and lists of all samples, or of all their pictures, follow each other.
     """
-    parts = [_lengthened(sample, more, padded=place % 2 == 1) for place in range(size)]
+    if size == 1:
+        return dict(sample)
+    parts = [_lengthened(sample, padded=place % 2 == 1) for place in range(size)]
 
     def joined(name: str) -> Any:
         first = parts[0][name]
@@ -93,32 +93,38 @@ def _batch(sample: Mapping[str, Any], size: int, more: int) -> dict[str, Any]:
     return {name: joined(name) for name in sample}
 
 
-def _lengthened(sample: Mapping[str, Any], more: int, *, padded: bool) -> dict[str, Any]:
+def _lengthened(sample: Mapping[str, Any], *, padded: bool) -> dict[str, Any]:
     """The last token, which is text, is put behind the question or, where it is padding, in front of everything."""
     shape = sample[IDS].shape
 
     def lengthened(name: str, value: Any) -> Any:
         if not isinstance(value, Tensor) or value.shape[:2] != shape:
             return value
+        more = [value[:, -1:]] * PADDING
         if not padded:
-            return torch.cat([value, *[value[:, -1:]] * more], dim=1)
-        column = torch.zeros_like(value[:, -1:]) if name == MASK else value[:, -1:]
-        return torch.cat([*[column] * more, value], dim=1)
+            return torch.cat([value, *more], dim=1)
+        return torch.cat([torch.zeros_like(column) if name == MASK else column for column in more] + [value], dim=1)
 
     return {name: lengthened(name, value) for name, value in sample.items()}
 
 
 @contextlib.contextmanager
 def _as_it_was(model: torch.nn.Module) -> Iterator[None]:
-    """Puts back what a request leaves behind: random states, and attributes such as the `rope_deltas` of Qwen models."""
-    before = [(module, dict(vars(module))) for module in model.modules()]
+    """Puts back what a request leaves behind: random states, and attributes such as the `rope_deltas` of Qwen models.
+
+    Private attributes are torch's and stay: among them is how a module is called.
+    """
+    before = [(module, _public(module)) for module in model.modules()]
     devices = {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}
     try:
         with torch.random.fork_rng(devices=list(devices)):
             yield
     finally:
         for module, attributes in before:
-            now = vars(module)
-            for name in now.keys() - attributes.keys():
-                del now[name]
-            now.update(attributes)
+            for name in _public(module).keys() - attributes.keys():
+                del vars(module)[name]
+            vars(module).update(attributes)
+
+
+def _public(module: torch.nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(module).items() if not name.startswith("_")}

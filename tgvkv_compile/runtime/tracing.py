@@ -29,21 +29,6 @@ def traced_for_handles() -> bool:
         backend: Any = InstructionTranslator.current_tx().output.compiler_fn
     except AttributeError:  # another tracer, such as non-strict export
         return False
-    return _takes_handles(backend)
-
-
-def compiled_for_handles(function: Callable[..., Any]) -> bool:
-    """Whether `torch.compile` made `function`, or what it wraps, for a backend with `takes_handles = True`."""
-    wrapped: Any = function
-    while wrapped is not None:
-        cells = getattr(wrapped, "__closure__", None) or ()
-        if any(_takes_handles(cell.cell_contents) for cell in cells):
-            return True
-        wrapped = getattr(wrapped, "__wrapped__", None)
-    return False
-
-
-def _takes_handles(backend: Any) -> bool:
     for _ in range(16):
         if getattr(backend, "takes_handles", False):
             return True
@@ -59,3 +44,22 @@ def never_compile(function: Callable[..., Any]) -> None:
     """
     skip = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
     set_code_exec_strategy(function.__code__, skip)
+
+
+def compiled_for_handles(function: Callable[..., Any]) -> bool:
+    """Whether `torch.compile` made `function`, or what it wraps, for a backend with `takes_handles = True`."""
+    wrapped: Any = function
+    while wrapped is not None:
+        cells = getattr(wrapped, "__closure__", None) or ()
+        if any(_wraps_for_handles(cell.cell_contents) for cell in cells):
+            return True
+        wrapped = getattr(wrapped, "__wrapped__", None)
+    return False
+
+
+def _wraps_for_handles(callback: Any) -> bool:
+    for _ in range(16):
+        if getattr(callback, "takes_handles", False):
+            return True
+        callback = next((getattr(callback, name) for name in _WRAPPERS if getattr(callback, name, None) is not None), None)
+    return False
