@@ -38,6 +38,13 @@ def parser(doc: str | None) -> Parser:
     return made
 
 
+def add_compiler(options: Parser) -> None:
+    """What graphs are lowered to."""
+    options.add_argument(
+        "--compiler", choices=["inductor", "eager"], default="inductor", help="eager: only to see that it runs"
+    )
+
+
 def preset_of(args: Any) -> Preset:
     """The preset that was asked for, with what was changed; sets torch's threads.
 

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from bench.errors import BenchError
 from bench.presets import Preset
 
-IMAGE_TOKEN = 5
+IMAGE_TOKEN, VIDEO_TOKEN, VISION_START, VISION_END = 5, 6, 7, 8
 FIRST_TEXT = 16
 PATCH = 14
 DEEPSTACK = 3
@@ -67,15 +67,20 @@ def pictures_of(preset: Preset) -> int:
 
 
 def make_model(preset: Preset) -> Any:
-    """The preset's model in eval mode, its weights made where they are used."""
+    """The preset's model in eval mode, its weights made where they are used; prompts come with encoded pictures."""
+    model = make_whole_model(preset)
+    if not _takes_encoded(model):
+        model.model.get_image_features = _hand_through(preset)
+    return model
+
+
+def make_whole_model(preset: Preset) -> Any:
+    """The same model, which encodes pictures itself."""
     config = _CONFIGS[preset.kind](preset)
     torch.manual_seed(0)
     with torch.device(preset.device):
         model = transformers.AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, preset.dtype))
-    model.eval().requires_grad_(False)
-    if not _takes_encoded(model):
-        model.model.get_image_features = _hand_through(preset)
-    return model
+    return model.eval().requires_grad_(False)
 
 
 def weight_bytes(model: Any) -> int:
@@ -178,8 +183,9 @@ def _qwen_decoder(preset: Preset) -> dict[str, Any]:
 
 
 def _qwen_tokens(preset: Preset) -> dict[str, Any]:
-    ids = {"image_token_id": IMAGE_TOKEN, "video_token_id": 6, "vision_start_token_id": 7, "vision_end_token_id": 8}
-    return {**ids, "tie_word_embeddings": preset.tied}
+    media = {"image_token_id": IMAGE_TOKEN, "video_token_id": VIDEO_TOKEN}
+    markers = {"vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END}
+    return {**media, **markers, "tie_word_embeddings": preset.tied}
 
 
 _CONFIGS = {"llava": _llava, "qwen2_5_vl": _qwen2_5_vl, "qwen3_vl": _qwen3_vl}

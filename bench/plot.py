@@ -1,6 +1,7 @@
-"""Decode time and memory against context and batch, from records of `bench.run` and `bench.scaling`.
+"""Decode time and memory against context and batch, from records of `bench.run` and `bench.scaling`; answers over time.
 
-One picture per preset: what a point belongs to is read from the records, so several runs may be given at once.
+One picture per preset: what a point belongs to is read from the records, so several runs may be given at once. Of a record
+of `bench.answers`, a picture of its own, named as the file.
 
     python -m bench.plot scaling.json --out pictures
 """
@@ -14,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bench import plot_answers
 from bench.arguments import Parser
 from bench.errors import BenchError, exit_code
 from bench.record import SCHEMA
@@ -43,8 +45,13 @@ def main() -> None:
     options.add_argument("files", type=Path, nargs="+")
     options.add_argument("--out", type=Path, required=True, help="folder to write to")
     args = options.parse_args()
-    samples = [sample for path in args.files for sample in samples_of(path)]
+    answers = {path: found for path in args.files if "answers" in (found := _read(path))}
+    samples = [sample for path in args.files if path not in answers for sample in samples_of(path)]
     args.out.mkdir(parents=True, exist_ok=True)
+    for file, found in answers.items():
+        path = args.out / f"{file.stem}.png"
+        plot_answers.draw(found, path)
+        sys.stdout.write(f"{path}\n")
     for preset in dict.fromkeys(sample.preset for sample in samples):
         path = args.out / f"{preset}.png"
         draw([sample for sample in samples if sample.preset == preset], preset, path)
@@ -57,12 +64,7 @@ def samples_of(path: Path) -> list[Sample]:
     Raises:
         BenchError: It is no record, or nothing in it was measured.
     """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BenchError(f"{path}: {error}") from None
-    if not isinstance(found, dict) or found.get("schema") != SCHEMA or not ("rows" in found or "points" in found):
-        raise BenchError(f"{path}: not a record of bench.run or bench.scaling (schema {SCHEMA})")
+    found = _read(path)
     preset = re.sub(r"-\d+k$", "", found["preset_name"])
     shape = found["preset"]
     alone = {"context": shape["context"], "batch": shape["batch"], "budget": found.get("budget"), "rows": found.get("rows")}
@@ -74,6 +76,16 @@ def samples_of(path: Path) -> list[Sample]:
     if not samples:
         raise BenchError(f"{path}: nothing in it was measured")
     return samples
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BenchError(f"{path}: {error}") from None
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA or not {"rows", "points", "answers"} & found.keys():
+        raise BenchError(f"{path}: not a record of bench.run, bench.scaling or bench.answers (schema {SCHEMA})")
+    return found
 
 
 def draw(samples: list[Sample], title: str, path: Path) -> None:

@@ -68,6 +68,14 @@ _LLAVA_NEXT_CPU = Preset(
     batch=4, prefill_batch=1, rounds=10, steps=4, prefill_rounds=5,
 )  # fmt: skip
 
+# A decoder small enough that the time of compiling it is what a user waits for. `bench.answers` asks it about pictures of
+# sizes of its own.
+_QWEN2_5_VL_CPU = Preset(
+    kind="qwen2_5_vl", layers=8, hidden=512, heads=8, kv_heads=2, head_dim=64, feed_forward=1408, vocabulary=32_000,
+    dtype="float32", device="cpu", context=1072, picture_side=16, least_text=48, question=32,
+    batch=4, prefill_batch=1, rounds=10, steps=4, prefill_rounds=5,
+)  # fmt: skip
+
 _LLAVA_1_5_7B = Preset(
     kind="llava", layers=32, hidden=4096, heads=32, kv_heads=32, head_dim=128, feed_forward=11_008, vocabulary=32_064,
     dtype="bfloat16", device="cuda", context=4096, picture_side=24, least_text=48, question=32,
@@ -90,6 +98,7 @@ _CONTEXTS = {"1k": 1024, "4k": 4096, "8k": 8192, "16k": 16_384}
 PRESETS: dict[str, Preset] = {
     "tiny": _TINY,
     "llava-next-cpu": _LLAVA_NEXT_CPU,
+    "qwen2.5-vl-cpu": _QWEN2_5_VL_CPU,
     **_GPU,
     **{
         f"{name}-{short}": dataclasses.replace(preset, context=context)

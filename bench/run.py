@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from bench import record, table
-from bench.arguments import fraction, listed, parser, preset_of
+from bench.arguments import add_compiler, fraction, listed, parser, preset_of
 from bench.contenders import default_names, make_contenders
 from bench.errors import exit_code
 from bench.measure import ANSWER, measure
@@ -22,9 +22,7 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--budget", type=fraction, default=0.05, help="fraction of KV that tgvkv and the floor keep")
     options.add_argument("--contenders", type=listed(str), help="some of the rows, by comma")
-    options.add_argument(
-        "--compiler", choices=["inductor", "eager"], default="inductor", help="eager: only to see that it runs"
-    )
+    add_compiler(options)
     options.add_argument("--json", type=Path, help="file to write")
     args = options.parse_args()
     preset = preset_of(args)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import record, table
-from bench.arguments import at_least_one, fraction, listed, parser, preset_of
+from bench.arguments import add_compiler, at_least_one, fraction, listed, parser, preset_of
 from bench.errors import exit_code
 from bench.measure import say
 from bench.models import pictures_of
@@ -33,9 +33,7 @@ def main() -> None:
     options.add_argument("--batches", type=listed(at_least_one), default=BATCHES, help="samples, by comma")
     options.add_argument("--budgets", type=listed(fraction), default=BUDGETS, help="fractions of KV, by comma")
     options.add_argument("--contenders", type=listed(str), default=["inductor-full", "tgvkv", "tgvkv-capped"], help="by comma")
-    options.add_argument(
-        "--compiler", choices=["inductor", "eager"], default="inductor", help="eager: only to see that it runs"
-    )
+    add_compiler(options)
     options.add_argument("--json", type=Path, help="file to write")
     options.add_argument("--markdown", type=Path, help="file to write")
     args = options.parse_args()

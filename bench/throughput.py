@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import record, table
-from bench.arguments import at_least_one, fraction, listed, parser, preset_of
+from bench.arguments import add_compiler, at_least_one, fraction, listed, parser, preset_of
 from bench.errors import BenchError, exit_code
 from bench.measure import say
 from bench.points import Point, measured
@@ -25,9 +25,7 @@ def main() -> None:
     options.add_argument("--budget", type=fraction, default=0.05, help="fraction of KV that tgvkv keeps")
     options.add_argument("--largest", type=at_least_one, default=512, help="batch to stop at")
     options.add_argument("--contenders", type=listed(str), default=CONTENDERS, help="by comma")
-    options.add_argument(
-        "--compiler", choices=["inductor", "eager"], default="inductor", help="eager: only to see that it runs"
-    )
+    add_compiler(options)
     options.add_argument("--json", type=Path, help="file to write")
     args = options.parse_args()
     preset = preset_of(args)

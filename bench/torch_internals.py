@@ -16,6 +16,11 @@ def compiles() -> int:
     return sum(counters["frames"].values()) + sum(counters["aot_autograd"].values())
 
 
+def graphs() -> int:
+    """How many graphs dynamo has handed to a backend, whichever it is."""
+    return int(counters["stats"]["unique_graphs"])
+
+
 @contextlib.contextmanager
 def cold() -> Iterator[None]:
     """Within, Inductor finds nothing that was compiled before, in this process or another."""

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tgvkv_compile.backend.api import compile
     from tgvkv_compile.backend.backend import tgvkv_backend
     from tgvkv_compile.backend.explain import explain
+    from tgvkv_compile.backend.warm_up import warm_up
     from tgvkv_compile.errors import TgvkvError
     from tgvkv_compile.runtime.inspect import CacheReport, inspect_cache
 
@@ -26,12 +27,13 @@ _WHERE = {
     "compile": "tgvkv_compile.backend.api",
     "tgvkv_backend": "tgvkv_compile.backend.backend",
     "explain": "tgvkv_compile.backend.explain",
+    "warm_up": "tgvkv_compile.backend.warm_up",
     "inspect_cache": "tgvkv_compile.runtime.inspect",
     "CacheReport": "tgvkv_compile.runtime.inspect",
     "TgvkvError": "tgvkv_compile.errors",
 }
 
-__all__ = ["CacheReport", "TgvkvError", "__version__", "compile", "explain", "inspect_cache", "tgvkv_backend"]
+__all__ = ["CacheReport", "TgvkvError", "__version__", "compile", "explain", "inspect_cache", "tgvkv_backend", "warm_up"]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from tests.cli.command import succeeded, tgvkv
-from tgvkv_compile.cli.inputs import Loaded, build_inputs, with_image_tokens
-from tgvkv_compile.cli.problems import CommandError
+from tgvkv_compile.backend.request import with_image_tokens
+from tgvkv_compile.cli.inputs import Loaded, build_inputs
 from tgvkv_compile.digits import Question, held_out_questions, load_model, load_processor, model_dir
+from tgvkv_compile.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def test_explain_needs_no_picture(tmp_path: Path) -> None:
 def test_missing_image_tokens_are_put_in_front() -> None:
     assert with_image_tokens("what ?", "<image>", 2) == "<image> <image> what ?"
     assert with_image_tokens("this <image> what ?", "<image>", 1) == "this <image> what ?"
-    with pytest.raises(CommandError, match="2 <image> for 1 pictures"):
+    with pytest.raises(ConfigError, match="2 <image> for 1 pictures"):
         with_image_tokens("<image> <image>", "<image>", 1)
 
 

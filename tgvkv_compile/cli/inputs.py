@@ -13,11 +13,10 @@ from PIL import Image, UnidentifiedImageError
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
+from tgvkv_compile.backend.request import request_of
 from tgvkv_compile.cli.problems import CommandError, first_line
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.errors import ConfigError
-
-BLANK_SIZE = 336
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,11 +133,6 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def blank_image() -> Image.Image:
-    """A grey picture, for looking at a model without a question in mind."""
-    return Image.new("RGB", (BLANK_SIZE, BLANK_SIZE), (128, 128, 128))
-
-
 def check_prompt(prompt: str) -> None:
     """Raises [`CommandError`][] for a prompt that asks nothing."""
     if not prompt.strip():
@@ -151,43 +145,13 @@ def build_inputs(loaded: Loaded, images: Sequence[Image.Image], prompt: str) -> 
     Raises:
         CommandError: The processor cannot make inputs of these pictures and this prompt.
     """
-    processor = loaded.processor
     try:
-        if getattr(processor, "chat_template", None):
-            content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": prompt}]
-            inputs = processor.apply_chat_template(
-                [{"role": "user", "content": content}],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-            )
-        else:
-            text = with_image_tokens(prompt, _image_token(processor), len(images))
-            inputs = processor(images=list(images), text=[text], return_tensors="pt")
+        inputs = request_of(loaded.processor, images, prompt)
+    except ConfigError as error:
+        raise CommandError(str(error)) from None
     except (ValueError, TypeError, IndexError) as error:
-        raise CommandError(f"{type(processor).__name__} cannot read this prompt: {first_line(error)}") from None
+        raise CommandError(f"{type(loaded.processor).__name__} cannot read this prompt: {first_line(error)}") from None
     return inputs.to(loaded.model.device, dtype=loaded.model.dtype)
-
-
-def with_image_tokens(prompt: str, token: str, count: int) -> str:
-    """Puts the image tokens that are missing in front of a prompt.
-
-    Raises:
-        CommandError: The prompt has more image tokens than there are pictures.
-    """
-    there = prompt.count(token)
-    if there > count:
-        raise CommandError(f"the prompt has {there} {token} for {count} pictures; give an --image for each")
-    return " ".join([token] * (count - there) + [prompt])
-
-
-def _image_token(processor: Any) -> str:
-    for owner in (processor, getattr(processor, "tokenizer", None)):
-        token = getattr(owner, "image_token", None)
-        if token:
-            return str(token)
-    return "<image>"
 
 
 def _check_device(name: str) -> None:

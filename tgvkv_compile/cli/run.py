@@ -10,7 +10,8 @@ from transformers import TextStreamer
 
 from tgvkv_compile.backend.api import compile
 from tgvkv_compile.backend.explain import explain
-from tgvkv_compile.cli.inputs import Loaded, blank_image, build_inputs
+from tgvkv_compile.backend.request import blank_image
+from tgvkv_compile.cli.inputs import Loaded, build_inputs
 from tgvkv_compile.cli.report import cache_lines
 from tgvkv_compile.runtime.inspect import inspect_cache
 

@@ -4,6 +4,7 @@ Private torch imports of the runtime, checked on torch 2.13.0:
 
 - `InstructionTranslator.current_tx().output.compiler_fn` is the backend of the frame that is being traced.
 - `get_eval_frame_callback` is what dynamo compiles the frames that are called now with; it knows the backend.
+- What `torch.compile` returns for a function has dynamo's callback in its closure, and the callback wraps the backend.
 - `set_code_exec_strategy` keeps dynamo from compiling a function's frame; it can still be inlined into others.
 """
 
@@ -85,3 +86,14 @@ def never_compile(function: Callable[..., Any]) -> None:
 def never_compile_frame(function: Callable[..., Any]) -> None:
     """Keeps dynamo from compiling `function` where eager code calls it; what it calls is compiled as ever."""
     set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.DEFAULT))
+
+
+def compiled_for_handles(function: Callable[..., Any]) -> bool:
+    """Whether `torch.compile` made `function`, or what it wraps, for a backend with `takes_handles = True`."""
+    wrapped: Any = function
+    while wrapped is not None:
+        cells = getattr(wrapped, "__closure__", None) or ()
+        if any(_handling(cell.cell_contents) is not None for cell in cells):
+            return True
+        wrapped = getattr(wrapped, "__wrapped__", None)
+    return False
