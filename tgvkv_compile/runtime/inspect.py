@@ -52,21 +52,21 @@ class CacheReport:
             if not 0 <= value < count:
                 raise CacheError(f"{name}={value} does not exist; the cache has {count} {name}s (0 to {count - 1})")
         if self._compact is None:
-            return torch.arange(self.logical_length)
+            return torch.arange(self.logical_length, device="cpu")
         return kept_positions(self._compact.state, layer, sample).cpu()
 
     @property
     def segment_lengths(self) -> Tensor:
         """int64 `[B, L]` on the CPU: how many entries each layer of each sample holds."""
         if self._compact is None:
-            return torch.full((self.batch_size, self.num_layers), self.logical_length)
+            return torch.full((self.batch_size, self.num_layers), self.logical_length, device="cpu")
         return self._compact.state.segment_len.cpu().clone()
 
     @property
     def keep_rates(self) -> Tensor:
         """float32 `[B, L]` on the CPU: the share of all tokens, generated ones included, that decoding lets each layer keep."""
         if self._compact is None:
-            return torch.ones((self.batch_size, self.num_layers))
+            return torch.ones((self.batch_size, self.num_layers), device="cpu")
         return self._compact.state.keep_rate.cpu().clone()
 
 

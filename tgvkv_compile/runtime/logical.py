@@ -38,6 +38,9 @@ class LogicalKV(Tensor):
     ) -> Any:
         """Steps aside for queries of metadata and for graphs of our backends; honours batch operations; else raises.
 
+        Torch function modes have had their turn when torch comes here, so stepping aside leaves them, too: where dynamo
+        traces under a mode (`torch.set_default_device` is one), a query would come here again, without end.
+
         A graph that goes to another backend would compute on NaN, so dynamo's trace ends here and the error is raised by
         the same operation in eager code.
         """
@@ -45,7 +48,7 @@ class LogicalKV(Tensor):
         compiling = torch.compiler.is_compiling()
         name = _name(func)
         if name in _METADATA or (compiling and traced_for_handles()):
-            with torch._C.DisableTorchFunctionSubclass():
+            with torch._C.DisableTorchFunction():
                 return func(*args, **kwargs)
         if compiling:
             torch._dynamo.graph_break(msg=f"{name}() on a KV cache compressed by tgvkv, in a graph for another backend")
