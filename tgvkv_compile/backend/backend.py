@@ -228,6 +228,9 @@ def problem_of(gm: GraphModule, plan: Plan) -> TgvkvError | None:
     """Why a graph must not run as it is, or None."""
     reason = dynamo.graph_break(gm)
     where = _break_text(reason)
+    packed = dynamo.packed_layer(reason)
+    if packed is not None and _breaks_decoder(gm, plan, reason):
+        return UnsupportedGraphError(f"tgvkv: {packed}")
     if plan.misses:
         listed = render_misses(plan.misses)
         return UnsupportedGraphError(f"tgvkv: {plan.reason}; {len(plan.misses)} sites cannot be rewritten:\n{listed}{where}")
@@ -247,9 +250,19 @@ def problem_of(gm: GraphModule, plan: Plan) -> TgvkvError | None:
     return None
 
 
+def _breaks_decoder(gm: GraphModule, plan: Plan, reason: Any) -> bool:
+    """Whether a graph that cannot be rewritten ends at a break inside of the decoder."""
+    missed = {miss.node for miss in plan.misses}
+    merges_only = plan.kind == "dense" and plan.modality is not None and not missed
+    return merges_only or any(dynamo.breaks_inside(reason, node) for node in gm.graph.nodes if node.name in missed)
+
+
 def _break_text(reason: Any | None) -> str:
     if reason is None:
         return ""
+    packed = dynamo.packed_layer(reason)
+    if packed is not None:
+        return f"\n{packed}"
     return (
         f"\ndynamo broke the graph at {dynamo.break_place(reason)}\n"
         "Remedy: leave configure_dynamo=True (it sets torch._dynamo.config.capture_scalar_outputs and "

@@ -22,6 +22,7 @@ from tgvkv_compile.errors import (
 from tgvkv_compile.fx.environment import size_reader
 from tgvkv_compile.fx.meta import fake_tensor, output_nodes
 from tgvkv_compile.fx.private import compile_lock
+from tgvkv_compile.fx.subclasses import first_storage
 from tgvkv_compile.lower import Lowered, lower_rewritten, records_cuda_graphs
 from tgvkv_compile.ops.state import CompactState
 from tgvkv_compile.pipeline import Rewrite
@@ -120,8 +121,8 @@ def check_padding(valid: Tensor) -> None:
 
 
 def address_of(weight: Tensor) -> int:
-    """Where a weight's data is; of a weight that is sharded over ranks (a `DTensor`), this rank's shard."""
-    return (weight.to_local() if hasattr(weight, "to_local") else weight).data_ptr()
+    """Where a weight's data is; of one that is sharded over ranks, this rank's shard, of a quantised one its first tensor."""
+    return first_storage(weight).data_ptr()
 
 
 def put_handles(outputs: list[Any], slots: Sequence[tuple[int, int]], compact: CompactCache) -> None:

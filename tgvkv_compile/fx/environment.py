@@ -21,6 +21,7 @@ from tgvkv_compile.fx.private import (
     FakeTensorMode,
     ShapeEnv,
     enable_python_dispatcher,
+    enable_torch_function,
     is_traceable_wrapper_subclass,
 )
 
@@ -62,8 +63,11 @@ class Environment:
 
     @contextlib.contextmanager
     def tracing(self) -> Iterator[None]:
-        """Functions called within run on fake tensors of this environment, symbolic sizes included."""
-        with self.fake_mode, enable_python_dispatcher():
+        """Functions called within run on fake tensors of this environment, symbolic sizes included.
+
+        Whoever calls may be run by dynamo with `__torch_function__` switched off; see `fx.subclasses`.
+        """
+        with enable_torch_function(), self.fake_mode, enable_python_dispatcher():
             yield
 
     def adopt(self, gm: GraphModule, inputs: list[Any]) -> None:
@@ -89,7 +93,7 @@ class Environment:
         if isinstance(old, Tensor):
             size = tuple(self._move_size(length, f"{node.name}.size({dim})") for dim, length in enumerate(old.shape))
             stride = tuple(self._move_size(step, f"{node.name}.stride({dim})") for dim, step in enumerate(old.stride()))
-            if is_traceable_wrapper_subclass(old):  # a weight that is a DTensor, say
+            if is_traceable_wrapper_subclass(old):  # a weight that is quantised, or sharded
                 names, context = old.__tensor_flatten__()
                 parts = {name: getattr(old, name) for name in names}
                 inner = {name: self._move(node, part, part) for name, part in parts.items()}

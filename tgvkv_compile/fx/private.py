@@ -7,6 +7,7 @@ Checked on torch 2.11.0 and 2.13.0. Each name says what it is used for:
 - `enable_python_dispatcher`: some operators decompose for symbolic sizes only with it.
 - `symbolic_shapes_config`: a flag that torch before 2.13 needs (`backend.dynamo`).
 - `is_traceable_wrapper_subclass`: whether a tensor is made of other tensors, as a `DTensor` is (`fx.environment`).
+- `enable_torch_function` switches `__torch_function__` on within, whoever has switched it off (`fx.subclasses`).
 - `compile_lock` is what dynamo holds while it compiles: tracing and lowering of two threads must not mix.
 - `keep_mutations_after_subgraphs` mends dynamo: see there.
 - `mark_static` says what `torch._dynamo.mark_static_address` says, of an input that dynamo has not seen.
@@ -16,6 +17,7 @@ Checked on torch 2.11.0 and 2.13.0. Each name says what it is used for:
 
 from typing import Any
 
+from torch._C import _EnableTorchFunction as enable_torch_function
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.convert_frame import compile_lock
 from torch._dynamo.output_graph import GraphCompileReason
@@ -39,6 +41,7 @@ __all__ = [
     "compile_lock",
     "disable_proxy_modes_tracing",
     "enable_python_dispatcher",
+    "enable_torch_function",
     "is_traceable_wrapper_subclass",
     "keep_mutations_after_subgraphs",
     "make_fx",

@@ -11,7 +11,8 @@ from tgvkv_compile.config import CompileMode, Lowering
 from tgvkv_compile.errors import InternalError
 from tgvkv_compile.fx.environment import Environment
 from tgvkv_compile.fx.meta import fake_value
-from tgvkv_compile.fx.private import mark_static
+from tgvkv_compile.fx.private import enable_torch_function, mark_static
+from tgvkv_compile.fx.subclasses import as_graph_takes
 
 
 class Lowered:
@@ -93,11 +94,21 @@ def lower_rewritten(
     patches = _patches(mode, options)
     if static is None and _GRAPHS in patches:
         patches[_GRAPHS] = False
-    with torch.no_grad():
+    with torch.no_grad(), enable_torch_function():
         run = _BACKENDS[lowering](gm, [inputs[index] for index in used], patches)
     if not callable(run):
         raise InternalError(f"lowering={lowering!r} returned {type(run).__name__}, not a callable")
-    return Lowered(run, environment, inputs, used)
+    return Lowered(_with_torch_function(run) if lowering == "eager" else run, environment, inputs, used)
+
+
+def _with_torch_function(run: Callable[..., Sequence[Any]]) -> Callable[..., Sequence[Any]]:
+    """A graph that nobody has traced: its nodes ask the weights' `__torch_function__` each time (see `fx.subclasses`)."""
+
+    def called(*inputs: Any) -> Sequence[Any]:
+        with enable_torch_function():
+            return run(*(as_graph_takes(value) for value in inputs))
+
+    return called
 
 
 _GRAPHS = "triton.cudagraphs"
