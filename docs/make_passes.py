@@ -9,11 +9,10 @@ from tgvkv_compile.export.rewritten import STEPS as EXPORT_STEPS
 from tgvkv_compile.pipeline import STEPS
 
 FINDERS = (
+    "read_merges",
     "find_appends",
     "find_attention",
     "find_modality",
-    "find_merged",
-    "insert_vision_input",
     "find_embedding",
     "find_tensor_parallel",
     "plan_graph",

@@ -30,7 +30,6 @@ from tgvkv_compile.runtime.tracing import (
     active_backend,
     active_is_one_graph,
     must_be_one_graph,
-    never_compile,
     never_compile_frame,
     traced_backend,
 )
@@ -311,7 +310,7 @@ def _active_cut() -> Cut | None:
     return cut
 
 
-never_compile(_active_cut)
+never_compile_frame(_active_cut)
 
 
 def _cut_of(found: tuple[Any, dict[str, Any]] | None) -> Cut | None:
@@ -321,6 +320,9 @@ def _cut_of(found: tuple[Any, dict[str, Any]] | None) -> Cut | None:
     resolve = getattr(backend, "resolve", None)
     cut: Cut | None = getattr(backend if resolve is None else resolve(**given), "cut", None)
     return cut
+
+
+never_compile_frame(_cut_of)
 
 
 @functools.lru_cache(maxsize=256)

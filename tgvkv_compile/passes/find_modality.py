@@ -18,7 +18,7 @@ def find_modality(gm: GraphModule) -> ModalityMask | None:
         %merged : f32[B, N, hidden]  = %embeds.masked_scatter(%mask, %features)
         %merged : f32[B, N, hidden]  = where(%mask, %spread_features, %embeds)
 
-    Embeddings that other graphs merged vision into come with their mask (`insert_vision_input`).
+    Embeddings that vision was merged into before the graph come with their mask (`read_merges`).
 
     Returns:
         The masks of all merges (images, video), or None where nothing is merged.

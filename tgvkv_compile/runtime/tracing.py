@@ -53,7 +53,11 @@ def _handling(backend: Any) -> tuple[Any, dict[str, Any]] | None:
         if getattr(backend, "takes_handles", False):
             return backend, given
         given = getattr(backend, "kwargs", None) or given
-        backend = next((getattr(backend, name) for name in _WRAPPERS if getattr(backend, name, None) is not None), None)
+        for name in _WRAPPERS:
+            wrapped = getattr(backend, name, None)
+            if wrapped is not None:
+                break
+        backend = wrapped
     return None
 
 
@@ -97,3 +101,7 @@ def compiled_for_handles(function: Callable[..., Any]) -> bool:
             return True
         wrapped = getattr(wrapped, "__wrapped__", None)
     return False
+
+
+for _function in (active_backend, active_is_one_graph, _handling):
+    never_compile_frame(_function)  # they are called where dynamo is looking for frames to compile
