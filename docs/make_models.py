@@ -21,8 +21,8 @@ sample, two in another, none in a third.
   sliding windows or chunks that are full.
 - **direct calls**: graphs of a prefill with `pixel_values` given to the model itself, and of decoding. What encodes and
   merges pictures, and finds positions from their sizes, runs uncompiled before the decoder's graph.
-- **sizes**: some families answer pictures and videos of several sizes and numbers, and batches of several sizes, in one process,
-  and what is compiled is counted (`tests/families/test_sizes.py`): one prefill graph, and one more for batches.
+- **sizes**: some families answer pictures and videos of several sizes and numbers, and batches of several sizes, in one
+  process, and what is compiled is counted (`tests/families/test_sizes.py`): one prefill graph, and one more for batches.
 - **one or many**: no, one and two images in a sample; **batch**: samples of different lengths, padded on the left.
 - Every family equals the uncompiled model at budget 1.0 as well, tokens and logits.
 
