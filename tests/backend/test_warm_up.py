@@ -1,6 +1,7 @@
 """After a warm-up, requests compile nothing, and nothing tells that there was one."""
 
 import copy
+import gc
 import random
 from typing import Any
 
@@ -113,6 +114,7 @@ def test_nothing_is_left_behind(name: str) -> None:
     config = model.generation_config
     said = copy.deepcopy(config.to_dict())
     watch = Watch()
+    others = _live_handles()  # of tests before this one
     states = torch.get_rng_state(), random.getstate()
     warm_up(model, sample, batch_sizes=(1, 2))
     assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
@@ -120,7 +122,7 @@ def test_nothing_is_left_behind(name: str) -> None:
     assert {path: _attributes(module) for path, module in model.named_modules()} == before
     assert getattr(model.model, "rope_deltas", None) is None
     assert sample.keys() == given.keys() and all(torch.equal(sample[key], given[key]) for key in given)
-    held = [thing for thing in _live_tensors() if isinstance(thing, LogicalKV)]
+    held = [handle for handle in _live_handles() if not any(handle is other for other in others)]
     assert held == [] and watch.bytes(at_least=10_000) == 0  # an arena is larger
 
 
@@ -128,11 +130,9 @@ def _attributes(module: torch.nn.Module) -> dict[str, int]:
     return {name: id(value) for name, value in vars(module).items() if name != "_compiled_call_impl"}
 
 
-def _live_tensors() -> list[Any]:
-    import gc
-
+def _live_handles() -> list[LogicalKV]:
     gc.collect()
-    return [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), LogicalKV)]
 
 
 def test_what_a_request_left_is_still_there() -> None:

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.fx import GraphModule
 
 from tgvkv_compile.fx.meta import OF_TOKENS, VISION_OF
@@ -53,5 +53,5 @@ def test_a_graph_of_which_nothing_was_said_stays() -> None:
 
 def test_opcheck() -> None:
     embeds = torch.randn(1, 4, 8)
-    torch.library.opcheck(torch.ops.tgvkv.merged, (embeds, None))
-    torch.library.opcheck(torch.ops.tgvkv.merged, (embeds, torch.ones(1, 4, 1, dtype=torch.bool)))
+    library.opcheck(torch.ops.tgvkv.merged, (embeds, None))
+    library.opcheck(torch.ops.tgvkv.merged, (embeds, torch.ones(1, 4, 1, dtype=torch.bool)))

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tgvkv_compile.backend.apart import compile_apart
 from tgvkv_compile.backend.callers import warn_of_chunks
 from tgvkv_compile.backend.dynamic_sizes import mark_decoder_inputs, mark_state, mark_step_inputs
 from tgvkv_compile.backend.merges import MergeWatch
@@ -63,7 +64,7 @@ class Cut:
             args: Of the call.
             kwargs: Of the call.
         """
-        given = {**dict(zip(_names(forward)[1:], args, strict=False)), **kwargs}
+        given = _named(forward, args, kwargs)
         encoded = _brings_vision(given)
         decoder = _decoder_of(module)
         if decoder is not None and "attention_mask" in _names(forward):
@@ -98,8 +99,6 @@ class Cut:
     def _functions(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
         with self._lock:
             if self._compiled is None:
-                from tgvkv_compile.backend.dynamo import compile_apart  # it puts the cut into model classes
-
                 inside = _Inside(self._backend)
                 self._compiled = (compile_apart(_call_whole, inside), compile_apart(_call_decoder, inside))
             return self._compiled
@@ -182,7 +181,7 @@ class _Prompt:
         self._reached = True
         self._watching.close()  # what is compiled must not see it, and what follows the decoder merges nothing
         _CURRENT.prompt = None
-        given = {**dict(zip(_names(type(self.decoder).forward)[1:], args, strict=False)), **kwargs}
+        given = _named(type(self.decoder).forward, args, kwargs)
         if self._merges_itself and _brings_vision(given):
             given = self._merge(given)
         embeds: Any = given.get("inputs_embeds")
@@ -330,6 +329,11 @@ def _names(function: Callable[..., Any]) -> tuple[str, ...]:
     """Names of the parameters that can be given by position."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return tuple(name for name, parameter in inspect.signature(function).parameters.items() if parameter.kind in kinds)
+
+
+def _named(forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of a module with this `forward`, by name."""
+    return {**dict(zip(_names(forward)[1:], args, strict=False)), **kwargs}
 
 
 def _decoder_of(module: Any) -> torch.nn.Module | None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import inspect
 import logging
 import sys
 import warnings
@@ -116,14 +115,6 @@ def module_of(model: Any) -> torch.nn.Module:
     if not isinstance(model, torch.nn.Module):
         raise ConfigError(f"model is a {type(model).__name__}; give a torch.nn.Module, such as a transformers model")
     return model
-
-
-def compile_apart(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiles `function` such that other compiled code of the same functions neither sees it nor pays for it."""
-    # Older releases than 2.13 have no such argument; entries are told apart by their backend there too, but share a limit.
-    known = inspect.signature(torch.compile).parameters
-    apart = {"isolate_recompiles": True} if "isolate_recompiles" in known else {}
-    return torch.compile(function, backend=backend, **apart)  # type: ignore[call-overload, no-any-return]
 
 
 def graph_break(gm: GraphModule) -> Any | None:

@@ -10,6 +10,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from tgvkv_compile.backend import dynamo
+from tgvkv_compile.backend.apart import compile_apart
 from tgvkv_compile.backend.backend import problem_of, slots_of_example
 from tgvkv_compile.backend.cut import Cut
 from tgvkv_compile.backend.options import BackendOptions, read_options
@@ -184,7 +185,7 @@ def explain(model: torch.nn.Module, inputs: Mapping[str, Any], budget: float | i
     inputs = {name: copy.deepcopy(value) if name in CACHE_NAMES else value for name, value in inputs.items()}
     finder = _Finder(record)
     with torch.no_grad(), dynamo.configured() if record.configure_dynamo else contextlib.nullcontext():
-        dynamo.compile_apart(model._call_impl, finder)(**inputs)
+        compile_apart(model._call_impl, finder)(**inputs)
     graphs = tuple(finder.graphs)
     if not any(graph.sites or graph.missed for graph in graphs):
         raise NoAttentionError(_nothing_found(type(model).__name__, graphs))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from tgvkv_compile.backend import dynamo
+from tgvkv_compile.backend.apart import compile_apart
 from tgvkv_compile.backend.backend import tgvkv_backend
 from tgvkv_compile.config import SINK_TOKENS, Budgeting, BudgetOf, DecodeMode, EvictionConfig, check_count
 from tgvkv_compile.errors import ConfigError
@@ -68,7 +69,7 @@ def calibrate(
         lowering="eager",
         configure_dynamo=False,
     )
-    run = dynamo.compile_apart(model._call_impl, backend)
+    run = compile_apart(model._call_impl, backend)
     longest, wishes = 1, []
     for number, sample in enumerate(samples):
         with torch.no_grad(), dynamo.configured():
