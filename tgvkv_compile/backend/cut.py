@@ -161,6 +161,7 @@ class _Prompt:
 
     def __enter__(self) -> None:
         _enter_by(self.decoder)
+        _look_up_by(_embeddings_of(self.decoder))
         self._outer, _CURRENT.prompt = _CURRENT.prompt, self
         self._watching.enter_context(self._watch)
 
@@ -175,6 +176,10 @@ class _Prompt:
                 f"{type(module).__name__}.forward never called {type(self.decoder).__name__}, which get_decoder() says is its "
                 "decoder, so nothing was compressed; run it uncompressed with on_unsupported='passthrough'"
             )
+
+    def looked_up(self, tokens: object, embeds: object) -> None:
+        """Takes note of what the decoder's embedding made of tokens."""
+        self._watch.look_up(tokens, embeds)
 
     def run(self, args: Any, kwargs: dict[str, Any]) -> Any:
         """The decoder's call, in place of the uncompiled one."""
@@ -241,6 +246,39 @@ def _enter_by(decoder: torch.nn.Module) -> None:
             "whole model only: model.compile(backend=tgvkv_backend(...))"
         )
     decoder._compiled_call_impl = _Entry(decoder)
+
+
+class _Lookup:
+    """What an embedding's call is: its own, of which the prompt on its way to a decoder takes note.
+
+    The watch sees functions; behind an embedding that is sharded over ranks come others that it does not see.
+    """
+
+    def __init__(self, embedding: torch.nn.Module) -> None:
+        self._embedding = weakref.ref(embedding)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        embedding = self._embedding()
+        assert embedding is not None
+        embeds = embedding._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+        prompt = _CURRENT.prompt
+        if prompt is not None and not torch.compiler.is_compiling():
+            prompt.looked_up(args[0] if args else kwargs.get("input"), embeds)
+        return embeds
+
+
+def _embeddings_of(decoder: torch.nn.Module) -> torch.nn.Module | None:
+    find: Callable[[], Any] | None = getattr(decoder, "get_input_embeddings", None)
+    try:
+        found = find() if find is not None else None
+    except NotImplementedError:  # transformers' word for a model that has none
+        return None
+    return found if isinstance(found, torch.nn.Module) else None
+
+
+def _look_up_by(embedding: torch.nn.Module | None) -> None:
+    if embedding is not None and embedding._compiled_call_impl is None:
+        embedding._compiled_call_impl = _Lookup(embedding)
 
 
 def cut_models() -> None:

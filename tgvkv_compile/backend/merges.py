@@ -1,7 +1,7 @@
 """Watches uncompiled model code merge vision features into token embeddings, and tells which tokens are vision."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class MergeWatch(TorchFunctionMode):
         result = func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if name == "embedding":
-            self._look_up(args, kwargs, result)
+            self.look_up(_argument(args, kwargs, 0, "input"), result)
         elif self._known:
             follow = _FOLLOWED.get(name)
             if follow is not None:
@@ -50,10 +50,10 @@ class MergeWatch(TorchFunctionMode):
     def _put(self, embeds: Tensor, vision: Tensor | None) -> None:
         self._known[id(embeds)] = (embeds, vision)
 
-    def _look_up(self, args: Any, kwargs: Any, result: Any) -> None:
-        tokens = args[0] if args else kwargs.get("input")
-        if _is_embeddings(result) and isinstance(tokens, Tensor) and tokens.ndim == 2:
-            self._put(result, None)
+    def look_up(self, tokens: object, embeds: object) -> None:
+        """Takes note of an embedding lookup: `embeds` are of `tokens`, `[B, N]`, and none of them is vision yet."""
+        if _is_embeddings(embeds) and isinstance(tokens, Tensor) and tokens.ndim == 2:
+            self._put(embeds, None)
 
     def _derive(self, args: Any, kwargs: Any, result: Any) -> None:
         """Scaling, casting, adding: vision stays where it was."""
@@ -102,7 +102,7 @@ _FOLLOWED: dict[str, Callable[[MergeWatch, Any, Any, Any], None]] = {
 }
 
 
-def _is_embeddings(value: object) -> bool:
+def _is_embeddings(value: object) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and value.ndim == 3 and value.is_floating_point()
 
 
