@@ -8,6 +8,7 @@ from torch.fx import GraphModule, Node
 from tgvkv_compile.fx.meta import fake_value
 
 _EFFECT = "tgvkv_effect"
+_VALUES = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 def pin_effects(gm: GraphModule) -> None:
@@ -20,9 +21,14 @@ def pin_effects(gm: GraphModule) -> None:
         if node.users or node.op not in ("call_function", "call_method"):
             continue
         in_place = node.op == "call_method" and str(node.target).endswith("_")
-        silent = node.op == "call_function" and not isinstance(fake_value(node), torch.Tensor)
+        silent = node.op == "call_function" and not isinstance(fake_value(node), _VALUES)
         if in_place or silent or node.is_impure():
-            node.meta[_EFFECT] = True
+            pin(node)
+
+
+def pin(node: Node) -> None:
+    """Marks a call that is made for its effect."""
+    node.meta[_EFFECT] = True
 
 
 def remove_dead(gm: GraphModule, pending: Collection[Node] = ()) -> None:

@@ -37,6 +37,7 @@ class Environment:
         self.shape_env = ShapeEnv()
         self.fake_mode = FakeTensorMode(shape_env=self.shape_env, allow_non_fake_inputs=True)
         self._moved: dict[Any, Any] = {}
+        self._numbers: dict[Any, tuple[int, ...]] = {}
 
     def symbol(self, name: str, hint: int) -> SymInt:
         """A new symbolic size with the value `hint` in this call.
@@ -55,6 +56,30 @@ class Environment:
         node = self.shape_env.create_symintnode(symbol, hint=hint, source=source)
         assert isinstance(node, SymInt)
         return node
+
+    def number(self, name: str, values: Sequence[int]) -> SymInt:
+        """A new symbol that graphs are called with these values of, and with no others."""
+        number = self.symbol(name, values[-1])
+        self._numbers[number.node.expr] = tuple(values)
+        return number
+
+    def guards_on(self, sizes: Sequence[Any]) -> str | None:
+        """An expression of what was assumed of `sizes`; see `ShapeEnv.evaluate_guards_expression`. None: nothing.
+
+        Raises:
+            InternalError: Something was assumed of a `number` that does not hold for all its values.
+        """
+        free = []
+        for guard in self.shape_env.guards:
+            numbers = guard.expr.free_symbols & self._numbers.keys()
+            if not numbers:
+                free.append(guard)
+                continue
+            known = {symbol: self.shape_env.backed_var_to_val[symbol] for symbol in guard.expr.free_symbols - numbers}
+            for number in numbers:
+                if not all(guard.expr.xreplace({**known, number: value}) for value in self._numbers[number]):
+                    raise InternalError(f"lowering assumed {guard.expr} of {number}, one of {self._numbers[number]}")
+        return self.shape_env.produce_guards_expression(sizes, guards=free)
 
     def tensor(self, size: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """A new fake tensor."""

@@ -12,6 +12,9 @@ VISION_OF = "tgvkv_vision_of"
 OF_TOKENS = "tgvkv_of_tokens"
 """Key in `Node.meta` of an input that holds embeddings: it is known which of them are vision, if any."""
 
+BEGINS = "tgvkv_begins"
+"""Key in `Node.meta` of a node that begins a part of the graph which comes once per layer; see `lower.pieces`."""
+
 
 def fake_value(node: Node) -> Any:
     """The fake value of a node: `meta["example_value"]` (dynamo) or `meta["val"]` (export), or None."""

@@ -6,6 +6,8 @@ Checked on torch 2.11.0 and 2.13.0. Each name says what it is used for:
 - `trace_structured`: graphs in `TORCH_TRACE` (`fx.dump`).
 - `enable_python_dispatcher`: some operators decompose for symbolic sizes only with it.
 - `symbolic_shapes_config`: a flag that torch before 2.13 needs (`backend.dynamo`).
+- `free_symbols`, `symbol_is_type`: which sizes a piece of a graph computes with (`lower.pieces`).
+- `TracingContext`, `tracing`: see `tracing_apart`.
 - `is_traceable_wrapper_subclass`: whether a tensor is made of other tensors, as a `DTensor` is (`fx.environment`).
 - `enable_torch_function` switches `__torch_function__` on within, whoever has switched it off (`fx.subclasses`).
 - `compile_lock` is what dynamo holds while it compiles: tracing and lowering of two threads must not mix.
@@ -24,13 +26,15 @@ from torch._dynamo.output_graph import GraphCompileReason
 from torch._dynamo.source import ConstantSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.variables import dicts
+from torch._guards import TracingContext, tracing
 from torch._logging._internal import trace_structured
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 from torch.fx.experimental import _config as symbolic_shapes_config
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, free_symbols
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 __all__ = [
     "ConstantSource",
@@ -42,13 +46,26 @@ __all__ = [
     "disable_proxy_modes_tracing",
     "enable_python_dispatcher",
     "enable_torch_function",
+    "free_symbols",
     "is_traceable_wrapper_subclass",
     "keep_mutations_after_subgraphs",
     "make_fx",
     "mark_static",
+    "symbol_is_unbacked",
     "symbolic_shapes_config",
     "trace_structured",
+    "tracing_apart",
 ]
+
+
+def symbol_is_unbacked(symbol: Any) -> bool:
+    """Whether a symbol stands for a number that only the run of the graph tells."""
+    return symbol_is_type(symbol, (SymT.UNBACKED_INT, SymT.UNBACKED_FLOAT))
+
+
+def tracing_apart(fake_mode: Any) -> Any:
+    """A tracing context with this mode: caches of compiled graphs look their guards up in its shape environment."""
+    return tracing(TracingContext(fake_mode))
 
 
 def keep_mutations_after_subgraphs() -> None:

@@ -1,6 +1,10 @@
 """Lowering: Inductor, or `aot_eager` / `eager` for debugging."""
 
+import contextlib
+import functools
+import hashlib
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +15,10 @@ from tgvkv_compile.config import CompileMode, Lowering
 from tgvkv_compile.errors import InternalError
 from tgvkv_compile.fx.environment import Environment
 from tgvkv_compile.fx.meta import fake_value
-from tgvkv_compile.fx.private import enable_torch_function, mark_static
+from tgvkv_compile.fx.private import FakeTensorMode, enable_torch_function, mark_static, tracing_apart
 from tgvkv_compile.fx.subclasses import as_graph_takes
+from tgvkv_compile.lower.by_piece import lower_by_piece
+from tgvkv_compile.lower.pieces import cut
 
 
 class Lowered:
@@ -33,7 +39,7 @@ class Lowered:
         self._used = used
         self._sizes = [(position, dim) for position, value in enumerate(inputs) for dim in _symbolic_dims(value)]
         sizes = [_size(inputs[position], dim) for position, dim in self._sizes]
-        self._guards = environment.shape_env.produce_guards_expression(sizes)
+        self._guards = environment.guards_on(sizes)
 
     def accepts(self, inputs: Sequence[Any]) -> bool:
         """Whether the sizes of `inputs` are among those that the graph was compiled for."""
@@ -94,8 +100,12 @@ def lower_rewritten(
     patches = _patches(mode, options)
     if static is None and _GRAPHS in patches:
         patches[_GRAPHS] = False
+    pieces = cut(gm) if lowering == "inductor" and not patches.get(_GRAPHS) else None
     with torch.no_grad(), enable_torch_function():
-        run = _BACKENDS[lowering](gm, [inputs[index] for index in used], patches)
+        if pieces is not None:
+            run = lower_by_piece(gm, pieces, environment, functools.partial(_inductor, patches=patches, fake_mode=environment.fake_mode))
+        else:
+            run = _BACKENDS[lowering](gm, [inputs[index] for index in used], patches, environment.fake_mode)
     if not callable(run):
         raise InternalError(f"lowering={lowering!r} returned {type(run).__name__}, not a callable")
     return Lowered(_with_torch_function(run) if lowering == "eager" else run, environment, inputs, used)
@@ -136,7 +146,7 @@ def lower_dense(
         mode: As in `lower_rewritten`.
         options: As in `lower_rewritten`.
     """
-    return _BACKENDS[lowering](gm, inputs, _patches(mode, options))
+    return _BACKENDS[lowering](gm, inputs, _patches(mode, options), None)
 
 
 def _patches(mode: CompileMode | None, options: dict[str, Any] | None) -> dict[str, Any]:
@@ -144,8 +154,12 @@ def _patches(mode: CompileMode | None, options: dict[str, Any] | None) -> dict[s
     return {**chosen, **(options or {})}
 
 
-def _inductor(gm: GraphModule, inputs: list[Any], patches: dict[str, Any]) -> Callable[..., Any]:
-    return torch._inductor.compile(gm, inputs, options={**_WORKAROUNDS, **patches} or None)  # type: ignore[no-any-return]
+def _inductor(
+    gm: GraphModule, inputs: list[Any], patches: dict[str, Any], fake_mode: FakeTensorMode | None
+) -> Callable[..., Any]:
+    options = {**_WORKAROUNDS, **_cacheable(gm), **patches}
+    with contextlib.nullcontext() if fake_mode is None else tracing_apart(fake_mode):
+        return torch._inductor.compile(gm, inputs, options=options or None)  # type: ignore[no-any-return]
 
 
 _WORKAROUNDS = {} if torch.__version__ >= "2.13" else {"assert_indirect_indexing": False}
@@ -153,15 +167,30 @@ _WORKAROUNDS = {} if torch.__version__ >= "2.13" else {"assert_indirect_indexing
 index before the index."""
 
 
-def _aot_eager(gm: GraphModule, inputs: list[Any], _patches: dict[str, Any]) -> Callable[..., Any]:
+def _cacheable(gm: GraphModule) -> dict[str, Any]:
+    """Tells the caches on disk that the functions of this package in a graph do what the sources of this package say."""
+    targets = [node.target for node in gm.graph.nodes if node.op == "call_function"]
+    ours = [target for target in targets if str(getattr(target, "__module__", "")).startswith("tgvkv_compile.")]
+    names = {f"{target.__module__}.{target.__name__}": _sources() for target in ours}
+    return {"unsafe_marked_cacheable_functions": names} if names else {}
+
+
+@functools.cache
+def _sources() -> str:
+    """A digest of all that a function in a graph may be made of."""
+    files = sorted((Path(__file__).parents[1] / "ops").rglob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def _aot_eager(gm: GraphModule, inputs: list[Any], _patches: dict[str, Any], _mode: object) -> Callable[..., Any]:
     return torch._dynamo.lookup_backend("aot_eager")(gm, inputs)
 
 
-def _eager(gm: GraphModule, _inputs: list[Any], _patches: dict[str, Any]) -> Callable[..., Any]:
+def _eager(gm: GraphModule, _inputs: list[Any], _patches: dict[str, Any], _mode: object) -> Callable[..., Any]:
     return gm.forward
 
 
-_BACKENDS: dict[Lowering, Callable[[GraphModule, list[Any], dict[str, Any]], Callable[..., Any]]] = {
+_BACKENDS: dict[Lowering, Callable[..., Callable[..., Any]]] = {
     "inductor": _inductor,
     "aot_eager": _aot_eager,
     "eager": _eager,

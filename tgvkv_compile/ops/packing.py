@@ -32,9 +32,9 @@ def count_vision(roles: Roles, **options: Any) -> Tensor:
     return vision_count(roles, config=EvictionConfig(**options))
 
 
-def of_layer(values: Tensor, layer: int) -> Tensor:
-    """Column `layer` of `[B, L]`: `[B]`."""
-    return values[:, layer]
+def by_layer(values: Tensor) -> tuple[Tensor, ...]:
+    """The columns of `[B, L]`: `L` times `[B]`."""
+    return values.unbind(1)
 
 
 def new_arena(key: Tensor, value: Tensor, slots: int | torch.SymInt) -> Arena:
@@ -93,29 +93,26 @@ def segment_starts(allocation: Allocation, lengths: Tensor, room: Tensor, **opti
     return capacity.cumsum(1) - capacity
 
 
-def evict_into(arena: Arena, key: Tensor, value: Tensor, keep: Tensor, positions: Tensor, start: Tensor) -> Arena:
-    """Writes a layer's kept entries, in position order, into its segment.
+def evict_into(arena: Arena, key: Tensor, value: Tensor, keep: Tensor, positions: Tensor, start: Tensor) -> None:
+    """Writes a layer's kept entries, in position order, into its segment of the arena, which is updated in place.
+
+    What is not kept lands in the last slot, which belongs to no segment.
 
     Args:
-        arena: The arena so far.
+        arena: Segments of other layers stay as they are.
         key: `[B, Hkv, N, D]`.
         value: `[B, Hkv, N, D]`.
         keep: bool `[B, N]`.
         positions: int64 `[B, N]`, -1 at padding.
         start: int64 `[B]`, the segment's first slot.
-
-    Returns:
-        The arena with the segment filled. What is not kept lands in the last slot, which belongs to no segment.
     """
     scrap = arena.key.shape[2] - 1
     slot = torch.where(keep, start[:, None] + keep.to(torch.int64).cumsum(1) - 1, scrap)
     index = slot[:, None, :, None].expand(key.shape)
     written = torch.where(keep, positions, -1).to(torch.int32)
-    return Arena(
-        arena.key.scatter(2, index, key),
-        arena.value.scatter(2, index, value),
-        arena.slot_position.scatter(1, slot, written),
-    )
+    arena.key.scatter_(2, index, key)
+    arena.value.scatter_(2, index, value)
+    arena.slot_position.scatter_(1, slot, written)
 
 
 class Bookkeeping(NamedTuple):
@@ -148,7 +145,7 @@ def protected_from(keeps: tuple[Tensor, ...], roles: tuple[Roles, ...]) -> Tenso
         keeps: bool `[B, N]` per layer.
         roles: Of the `N` tokens, per layer.
     """
-    return torch.stack([first_protected(keep, of_layer) for keep, of_layer in zip(keeps, roles, strict=True)], dim=1)
+    return torch.stack([first_protected(keep, theirs) for keep, theirs in zip(keeps, roles, strict=True)], dim=1)
 
 
 def first_protected(keep: Tensor, roles: Roles) -> Tensor:

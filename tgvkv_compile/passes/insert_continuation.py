@@ -3,6 +3,7 @@
 from torch.fx import GraphModule
 
 from tgvkv_compile.fx.insert import insert_call
+from tgvkv_compile.fx.meta import BEGINS
 from tgvkv_compile.ops.continue_step import continue_step
 from tgvkv_compile.ops.state import CompactState
 from tgvkv_compile.passes.cached import close, insert_state
@@ -27,5 +28,6 @@ def insert_continuation(gm: GraphModule, plan: Plan, state: CompactState) -> Non
         new = (site.query, site.key.new, site.value.new, site.mask)
         with gm.graph.inserting_before(site.node):
             out = insert_call(gm, continue_step, *new, nodes, name=f"tgvkv_out_{layer}", layer=layer, scale=site.scale)
+        out.meta[BEGINS] = True
         site.node.replace_all_uses_with(out)
     close(gm, plan, nodes, plan.sites[0].mask)

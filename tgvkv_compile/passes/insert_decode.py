@@ -6,6 +6,7 @@ from torch.fx import GraphModule
 
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.fx.insert import insert_call
+from tgvkv_compile.fx.meta import BEGINS
 from tgvkv_compile.ops.decode_step import decode_step
 from tgvkv_compile.ops.state import CompactState
 from tgvkv_compile.ops.tensor_parallel import tensor_parallel_decode_step
@@ -62,5 +63,6 @@ def insert_decode(gm: GraphModule, plan: Plan, config: EvictionConfig, state: Co
                 sink_tokens=config.sink_tokens,
                 **split,
             )
+        out.meta[BEGINS] = True
         site.node.replace_all_uses_with(out)
     close(gm, plan, nodes, None)

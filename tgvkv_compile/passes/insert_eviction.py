@@ -6,8 +6,9 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from tgvkv_compile.config import EvictionConfig
+from tgvkv_compile.fx.dead_code import pin
 from tgvkv_compile.fx.insert import insert_call, insert_item, insert_placeholder
-from tgvkv_compile.fx.meta import output_nodes
+from tgvkv_compile.fx.meta import BEGINS, output_nodes
 from tgvkv_compile.ops import packing
 from tgvkv_compile.ops.retention import retain
 from tgvkv_compile.ops.turns import vision_history
@@ -37,8 +38,9 @@ def insert_eviction(
         %tgvkv_arena   : Arena         = new_arena(%keys_0, %values_0, %tgvkv_slots)
         %tgvkv_room    : i64[]         = fitting_reserve(%tgvkv_budgets, %tgvkv_lengths, %tgvkv_arena, reserve)
         %tgvkv_starts  : i64[B, L]     = segment_starts(%tgvkv_budgets, %tgvkv_lengths, %tgvkv_room)
-        %tgvkv_keep_l  : b8[B, N]      = retain(%tgvkv_score_l, %tgvkv_roles, kept[:, l])
-        %tgvkv_arena_l : Arena         = evict_into(%tgvkv_arena_{l-1}, %keys_l, %values_l, %tgvkv_keep_l, ...)
+        %tgvkv_kept_l  : i64[B]        = by_layer(kept)[l]                # and %tgvkv_start_l
+        %tgvkv_keep_l  : b8[B, N]      = retain(%tgvkv_score_l, %tgvkv_roles, %tgvkv_kept_l)
+        %tgvkv_evict_l : None          = evict_into(%tgvkv_arena, %keys_l, %values_l, %tgvkv_keep_l, ...)
         %tgvkv_state   : Bookkeeping   = open_segments((%tgvkv_keep_0, ...), (%tgvkv_roles, ...), %tgvkv_starts)
         %tgvkv_history : b8[B, N]      = vision_history(%tgvkv_roles)
         return (None, None, ..., %logits, <CompactState>, %tgvkv_history, %tgvkv_room, %tgvkv_valid or None)
@@ -71,19 +73,21 @@ def insert_eviction(
         shared = (budgets.allocation, lengths)
         room = call(packing.fitting_reserve, *shared, arena, reserve, name="tgvkv_room", **options)
         starts = call(packing.segment_starts, *shared, room, name="tgvkv_starts", **options)
+        counts = call.items(call(packing.by_layer, kept, name="tgvkv_counts"), plan.num_layers, "tgvkv_kept")
+        first = call.items(call(packing.by_layer, starts, name="tgvkv_firsts"), plan.num_layers, "tgvkv_start")
         keeps: list[Node] = []
         for layer, candidates in enumerate(chosen):
-            count = call(packing.of_layer, kept, layer, name=f"tgvkv_kept_{layer}")
-            start = call(packing.of_layer, starts, layer, name=f"tgvkv_start_{layer}")
-            ranked = (candidates.score, candidates.roles, count)
+            ranked = (candidates.score, candidates.roles, counts[layer])
             keep = call(retain, *ranked, name=f"tgvkv_keep_{layer}", sink_tokens=config.sink_tokens)
+            keep.meta[BEGINS] = True
             keeps.append(keep)
             if capped is not None:
                 positions = call.item(candidates.roles, 3, f"tgvkv_positions_{layer}")
             kv = (candidates.key, candidates.value)
-            arena = call(packing.evict_into, arena, *kv, keep, positions, start, name=f"tgvkv_arena_{layer}")
+            pin(call(packing.evict_into, arena, *kv, keep, positions, first[layer], name=f"tgvkv_evict_{layer}"))
         roles = tuple(candidates.roles for candidates in chosen)
         opened = call(packing.open_segments, tuple(keeps), roles, starts, name="tgvkv_state")
+        opened.meta[BEGINS] = True
         state = [call.item(arena, index, f"tgvkv_out_{index}") for index in range(3)]
         state.append(starts)
         state += [call.item(opened, index, f"tgvkv_out_{index + 4}") for index in range(3)]
@@ -110,3 +114,6 @@ class _Caller:
 
     def item(self, node: Node, index: int, name: str) -> Node:
         return insert_item(self._gm, node, index, name=name)
+
+    def items(self, node: Node, count: int, name: str) -> list[Node]:
+        return [self.item(node, index, f"{name}_{index}") for index in range(count)]

@@ -10,7 +10,7 @@ from tgvkv_compile.fx.insert import insert_call, insert_item, insert_placeholder
 from tgvkv_compile.fx.meta import output_nodes
 from tgvkv_compile.ops.continue_step import advance_lengths
 from tgvkv_compile.ops.fixed_decode import fixed_decode_step, stack_layers
-from tgvkv_compile.ops.packing import of_layer
+from tgvkv_compile.ops.packing import by_layer
 from tgvkv_compile.passes.cached import drop_pasts, past_inputs
 from tgvkv_compile.plan import Plan
 
@@ -46,11 +46,11 @@ def insert_fixed_decode(gm: GraphModule, plan: Plan, config: EvictionConfig, sta
     protect, rate, lengths = inputs["protect_from"], inputs["keep_rate"], inputs["lengths"]
     returned: list[Node] = [logits]
     protected = []
+    with gm.graph.inserting_before(plan.sites[0].node):
+        columns = [(value, insert_call(gm, by_layer, value, name=f"tgvkv_{value.name}_columns")) for value in (protect, rate)]
     for layer, site in enumerate(plan.sites):
         with gm.graph.inserting_before(site.node):
-            own: Any = [
-                insert_call(gm, of_layer, value, layer, name=f"tgvkv_{value.name}_{layer}") for value in (protect, rate)
-            ]
+            own: Any = [insert_item(gm, column, layer, name=f"tgvkv_{value.name}_{layer}") for value, column in columns]
             step = insert_call(
                 gm,
                 fixed_decode_step,

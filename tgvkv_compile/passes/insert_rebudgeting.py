@@ -8,7 +8,7 @@ from torch.fx import GraphModule, Node
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.fx.insert import insert_call, insert_item
 from tgvkv_compile.fx.meta import output_nodes
-from tgvkv_compile.ops.packing import of_layer, protected_from
+from tgvkv_compile.ops.packing import by_layer, protected_from
 from tgvkv_compile.ops.retention import retain
 from tgvkv_compile.ops.state import Reselected
 from tgvkv_compile.ops.turns import allocate_again, extend_history
@@ -57,8 +57,9 @@ def insert_rebudgeting(gm: GraphModule, plan: Plan, candidates: Candidates, conf
         budgets = insert_call(gm, allocate_again, masses, roles, *shared, name="tgvkv_budgets", **options)
         kept = insert_item(gm, budgets, 0, name="tgvkv_kept")
         rate = insert_item(gm, budgets, 1, name="tgvkv_rate")
+        counts = insert_call(gm, by_layer, kept, name="tgvkv_counts")
         for layer, score in enumerate(scores):
-            count = insert_call(gm, of_layer, kept, layer, name=f"tgvkv_kept_{layer}")
+            count = insert_item(gm, counts, layer, name=f"tgvkv_kept_{layer}")
             keeps.append(
                 insert_call(
                     gm,

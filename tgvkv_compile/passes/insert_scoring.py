@@ -40,7 +40,9 @@ def insert_scoring(gm: GraphModule, plan: Plan) -> Scores:
     first = plan.sites[0]
     assert plan.modality is not None
     valid: Node | None = None
-    with gm.graph.inserting_before(first.node):
+    attention = first.node.args[0]  # `normalise_attention` made the site an item of it
+    assert isinstance(attention, Node)
+    with gm.graph.inserting_before(attention):
         vision = insert_call(gm, vision_positions, tuple(plan.modality.masks), name="tgvkv_vision")
         if first.mask is not None:
             valid = insert_call(gm, valid_columns, first.mask, first.query, name="tgvkv_valid")

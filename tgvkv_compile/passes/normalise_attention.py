@@ -5,7 +5,7 @@ import dataclasses
 from torch.fx import GraphModule
 
 from tgvkv_compile.fx.insert import insert_call, insert_item
-from tgvkv_compile.fx.meta import fake_value
+from tgvkv_compile.fx.meta import BEGINS, fake_value
 from tgvkv_compile.ops.attention import scaled_dot_product_attention_with_lse
 from tgvkv_compile.plan import AttentionSite, Plan
 
@@ -49,6 +49,7 @@ def _fuse(gm: GraphModule, site: AttentionSite, layer: int) -> AttentionSite:
         out = insert_item(gm, both, 0, name=f"tgvkv_output_{layer}")
         if fake_value(both)[1] is not None:
             lse = insert_item(gm, both, 1, name=f"tgvkv_lse_{layer}")
+    both.meta[BEGINS] = True
     for node in (both, out):
         for key in ("stack_trace", "nn_module_stack"):
             node.meta[key] = site.node.meta.get(key)

@@ -55,7 +55,7 @@ def select_candidates(
     start = capacity.cumsum(1) - capacity
     arena = new_arena(*kv[0], round_slots(int(capacity.sum(1).max()) + 1))
     for layer, ((key, value), (keep, positions)) in enumerate(zip(kv, chosen, strict=True)):
-        arena = evict_into(arena, key, value, keep, positions, start[:, layer])
+        evict_into(arena, key, value, keep, positions, start[:, layer])
     return CompactState(*arena, start, kept, start + kept, decided.protect_from, rate, lengths)
 
 

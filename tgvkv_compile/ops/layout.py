@@ -1,0 +1,8 @@
+"""Memory layout of tensors."""
+
+from torch import Tensor
+
+
+def in_order(values: Tensor, order: tuple[int, ...]) -> Tensor:
+    """`values`, dense in memory, its dimensions from the outermost to the innermost as `order` says; a copy only where needed."""
+    return values.permute(order).contiguous().permute([order.index(dim) for dim in range(len(order))])
