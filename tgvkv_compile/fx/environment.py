@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 
 from tgvkv_compile.errors import InternalError
 from tgvkv_compile.fx.insert import propagate
-from tgvkv_compile.fx.meta import fake_value, set_fake_value
+from tgvkv_compile.fx.meta import described, fake_value, set_fake_value
 from tgvkv_compile.fx.private import (
     ConstantSource,
     DimDynamic,
@@ -37,6 +37,7 @@ class Environment:
         self.shape_env = ShapeEnv()
         self.fake_mode = FakeTensorMode(shape_env=self.shape_env, allow_non_fake_inputs=True)
         self._moved: dict[Any, Any] = {}
+        self._moved_tensors: dict[object, Tensor] = {}
         self._numbers: dict[Any, tuple[int, ...]] = {}
 
     def symbol(self, name: str, hint: int) -> SymInt:
@@ -96,7 +97,7 @@ class Environment:
             yield
 
     def adopt(self, gm: GraphModule, inputs: list[Any]) -> None:
-        """Recomputes every fake value of `gm` in this environment.
+        """Makes every fake value of `gm` one of this environment: moved where its sizes are known, recomputed elsewhere.
 
         Args:
             gm: A graph from dynamo; its metadata is replaced.
@@ -108,9 +109,34 @@ class Environment:
         with self.tracing(), self.shape_env.ignore_fresh_unbacked_symbols():
             for node in gm.graph.nodes:
                 if node.op in ("call_function", "call_method"):
-                    propagate(node)
+                    value = fake_value(node)
+                    if self._moves(value):
+                        set_fake_value(node, self._moved_result(value))
+                    else:
+                        propagate(node)
                 elif node.op == "get_attr":
                     set_fake_value(node, _attribute(gm, node))
+
+    def _moves(self, value: Any) -> bool:
+        """Whether a result is made of plain tensors and sizes of symbols that have been moved."""
+        if isinstance(value, (tuple, list)):
+            return type(value) in (tuple, list) and all(self._moves(part) for part in value)
+        if isinstance(value, Tensor):
+            return not is_traceable_wrapper_subclass(value) and self._moves([*value.shape, *value.stride()])
+        return type(value) is int or (isinstance(value, SymInt) and value.node.expr.free_symbols <= self._moved.keys())
+
+    def _like(self, value: Tensor) -> Tensor:
+        """A fake tensor of this environment; one for all that are alike, for making one takes as long as a small kernel."""
+        key = described(value)
+        if key not in self._moved_tensors:
+            size, stride = ([self._move_size(length, "") for length in lengths] for lengths in (value.shape, value.stride()))
+            self._moved_tensors[key] = torch.empty_strided(size, stride, dtype=value.dtype, device=value.device)
+        return self._moved_tensors[key]
+
+    def _moved_result(self, value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return type(value)(self._moved_result(part) for part in value)
+        return self._like(value) if isinstance(value, Tensor) else self._move_size(value, "")
 
     def _move(self, node: Node, old: Any, example: Any) -> Any:
         if isinstance(old, SymInt):

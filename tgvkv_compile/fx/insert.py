@@ -13,7 +13,8 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate, map_arg
 
 from tgvkv_compile.errors import InternalError
-from tgvkv_compile.fx.meta import fake_value, set_fake_value
+from tgvkv_compile.fx.meta import described, fake_value, set_fake_value
+from tgvkv_compile.fx.private import FakeTensor
 
 
 def insert_call(gm: GraphModule, function: Callable[..., Any], *args: Any, name: str, **kwargs: Any) -> Node:
@@ -25,7 +26,7 @@ def insert_call(gm: GraphModule, function: Callable[..., Any], *args: Any, name:
     map_aggregate((args, kwargs), _check_constant)
     node = gm.graph.call_function(function, args, kwargs)
     node.name = name
-    propagate(node)
+    propagate(node, alike=True)
     return node
 
 
@@ -35,8 +36,14 @@ def _check_constant(argument: Any) -> Any:
     return argument
 
 
-def propagate(node: Node) -> None:
-    """Computes and records the fake value of a call node from those of its arguments."""
+def propagate(node: Node, *, alike: bool = False) -> None:
+    """Computes and records the fake value of a call node from those of its arguments.
+
+    Args:
+        node: The call.
+        alike: Take the value of a call of the same function on arguments that are alike, where there was one: what this
+            package inserts comes once per layer.
+    """
 
     def lookup(argument: Node) -> Any:
         value = fake_value(argument)
@@ -46,12 +53,31 @@ def propagate(node: Node) -> None:
 
     args = map_arg(node.args, lookup)
     kwargs = map_arg(node.kwargs, lookup)
+    known = _known(args) if alike else {}
+    key = (node.target, described(args), described(kwargs))
+    if key in known:
+        set_fake_value(node, known[key])
+        return
     with torch.no_grad():
         if node.op == "call_method":
             value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
         else:
             value = node.target(*args, **kwargs)  # type: ignore[operator]
     set_fake_value(node, value)
+    known[key] = value
+
+
+def _known(args: Any) -> dict[object, Any]:
+    """The values of calls so far, empty where no argument says whose values they are.
+
+    They are kept by the mode that the arguments belong to: symbols of two modes are different things of the same name.
+    """
+    for argument in args:
+        found = argument[0] if isinstance(argument, tuple) and argument else argument
+        if isinstance(found, FakeTensor):
+            known: dict[object, Any] = vars(found.fake_mode).setdefault("_tgvkv_known", {})
+            return known
+    return {}
 
 
 def insert_item(gm: GraphModule, node: Node, index: int, *, name: str) -> Node:

@@ -6,6 +6,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from tgvkv_compile.errors import InternalError
+from tgvkv_compile.fx.private import is_traceable_wrapper_subclass
 
 VISION_OF = "tgvkv_vision_of"
 """Key in `Node.meta` of an input that is a mask of vision: the name of the input whose embeddings it is for."""
@@ -55,6 +56,21 @@ def same_size(left: Any, right: Any) -> bool:
     """Whether two sizes are written alike; unlike `==`, asking adds no guard on a symbolic one."""
     expressions = [size.node.expr if isinstance(size, torch.SymInt) else size for size in (left, right)]
     return bool(expressions[0] == expressions[1])
+
+
+def described(value: Any) -> object:
+    """What is known of a value while tracing: equal for values that graphs cannot tell apart, and hashable."""
+    if isinstance(value, torch.Tensor):
+        sizes = tuple(map(str, value.shape)), tuple(map(str, value.stride()))
+        if is_traceable_wrapper_subclass(value):
+            names, context = value.__tensor_flatten__()
+            return *sizes, value.dtype, type(value), repr(context), tuple(described(getattr(value, name)) for name in names)
+        return *sizes, value.dtype, value.device
+    if isinstance(value, (tuple, list)):
+        return type(value), tuple(described(part) for part in value)
+    if isinstance(value, dict):
+        return tuple((name, described(part)) for name, part in value.items())
+    return type(value), repr(value)
 
 
 def submodule(node: Node) -> GraphModule:

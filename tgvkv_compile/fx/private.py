@@ -2,7 +2,7 @@
 
 Checked on torch 2.11.0 and 2.13.0. Each name says what it is used for:
 
-- `FakeTensorMode`, `ShapeEnv`, `DimDynamic`, `ConstantSource`: a shape environment of our own (`fx.environment`).
+- `FakeTensor`, `FakeTensorMode`, `ShapeEnv`, `DimDynamic`, `ConstantSource`: a shape environment of our own (`fx.environment`).
 - `trace_structured`: graphs in `TORCH_TRACE` (`fx.dump`).
 - `enable_python_dispatcher`: some operators decompose for symbolic sizes only with it.
 - `symbolic_shapes_config`: a flag that torch before 2.13 needs (`backend.dynamo`).
@@ -28,7 +28,7 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.variables import dicts
 from torch._guards import TracingContext, tracing
 from torch._logging._internal import trace_structured
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Node
 from torch.fx.experimental import _config as symbolic_shapes_config
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
@@ -39,6 +39,7 @@ from torch.utils._sympy.symbol import SymT, symbol_is_type
 __all__ = [
     "ConstantSource",
     "DimDynamic",
+    "FakeTensor",
     "FakeTensorMode",
     "GraphCompileReason",
     "ShapeEnv",

@@ -103,7 +103,9 @@ def lower_rewritten(
     pieces = cut(gm) if lowering == "inductor" and not patches.get(_GRAPHS) else None
     with torch.no_grad(), enable_torch_function():
         if pieces is not None:
-            run = lower_by_piece(gm, pieces, environment, functools.partial(_inductor, patches=patches, fake_mode=environment.fake_mode))
+            run = lower_by_piece(
+                gm, pieces, environment, functools.partial(_inductor, patches=patches, fake_mode=environment.fake_mode)
+            )
         else:
             run = _BACKENDS[lowering](gm, [inputs[index] for index in used], patches, environment.fake_mode)
     if not callable(run):

@@ -14,8 +14,8 @@ from torch import SymInt, Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from tgvkv_compile.fx.environment import Environment
-from tgvkv_compile.fx.meta import BEGINS, fake_value, set_fake_value
-from tgvkv_compile.fx.private import free_symbols, is_traceable_wrapper_subclass, symbol_is_unbacked
+from tgvkv_compile.fx.meta import BEGINS, described, fake_value, set_fake_value
+from tgvkv_compile.fx.private import free_symbols, symbol_is_unbacked
 from tgvkv_compile.ops.layout import in_order
 
 _LAYER = "layer"
@@ -116,7 +116,7 @@ class _Describer:
                 return "own", self._own[argument]
             if argument not in self.taken:
                 self.taken[argument] = len(self.taken)
-            return "taken", self.taken[argument], _described(fake_value(argument))
+            return "taken", self.taken[argument], described(fake_value(argument))
         if isinstance(argument, slice):
             return slice, tuple(self._argument(part) for part in (argument.start, argument.stop, argument.step))
         if isinstance(argument, (tuple, list)):
@@ -131,18 +131,6 @@ def layer_of(node: Node) -> int | None:
     ours = str(getattr(node.target, "__module__", "")).startswith("tgvkv_compile.")
     layer = node.kwargs.get(_LAYER) if ours else None
     return layer if isinstance(layer, int) else None
-
-
-def _described(value: Any) -> object:
-    if isinstance(value, Tensor):
-        plain = (tuple(map(str, value.shape)), tuple(map(str, value.stride())), value.dtype, value.device)
-        if is_traceable_wrapper_subclass(value):
-            names, context = value.__tensor_flatten__()
-            return *plain, type(value), repr(context), tuple(_described(getattr(value, name)) for name in names)
-        return plain
-    if isinstance(value, (tuple, list)):
-        return type(value), tuple(_described(part) for part in value)
-    return type(value), str(value)
 
 
 def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
@@ -292,4 +280,3 @@ def _overlaps(value: Tensor) -> bool:
 
 def _hints(sizes: Sequence[Any]) -> list[int]:
     return [int(size.node.hint) if isinstance(size, SymInt) else int(size) for size in sizes]
-
