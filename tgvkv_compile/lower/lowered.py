@@ -101,6 +101,7 @@ def lower_rewritten(
     if static is None and _GRAPHS in patches:
         patches[_GRAPHS] = False
     pieces = cut(gm) if lowering == "inductor" and not patches.get(_GRAPHS) else None
+    run: Callable[..., Any]
     with torch.no_grad(), enable_torch_function():
         if pieces is not None:
             run = lower_by_piece(

@@ -192,16 +192,16 @@ def module_of(alike: Sequence[Piece], root: GraphModule, environment: Environmen
     }
     for node in _bringing(root, piece, inputs):
         placeholder(node.name, fake_value(node), (node, ()))
-    numbers: dict[int, Node] = {}
+    numbers: dict[int | None, Node] = {}
     for place, layer in enumerate(piece.layers if len(alike) > 1 else ()):
-        number = environment.number(f"tgvkv_layer_{place}", [other.layers[place] for other in alike])
-        numbers[layer] = placeholder(f"tgvkv_layer_{place}", number, place)
+        symbol = environment.number(f"tgvkv_layer_{place}", [other.layers[place] for other in alike])
+        numbers[layer] = placeholder(f"tgvkv_layer_{place}", symbol, place)
     mapped = {node: _rebuilt(graph, node, inside) for node in piece.taken}
     for node in piece.nodes:
         copied = mapped[node] = graph.node_copy(node, lambda argument: mapped[argument])
-        layer = layer_of(node)
-        if layer in numbers:
-            copied.kwargs = {**copied.kwargs, _LAYER: numbers[layer]}
+        number = numbers.get(layer_of(node))
+        if number is not None:
+            copied.kwargs = {**copied.kwargs, _LAYER: number}
     given = [(node, path) for node in piece.given for path, _ in leaves(fake_value(node))]
     graph.output(tuple(_laid_out(graph, _item(graph, mapped[node], path), _value(node, path)) for node, path in given))
     return PieceModule(GraphModule(root, graph), inputs, taken, given)
@@ -264,7 +264,8 @@ def _laid_out(graph: Graph, node: Node, value: Any) -> Node:
     if not isinstance(value, Tensor) or value.ndim < 2 or _overlaps(value):
         return node
     strides = _hints(value.stride())
-    return graph.call_function(in_order, (node, tuple(sorted(range(value.ndim), key=lambda dim: -strides[dim]))))
+    order = tuple(sorted(range(value.ndim), key=lambda dim: -strides[dim]))
+    return graph.call_function(in_order, (node, order))
 
 
 def _overlaps(value: Tensor) -> bool:
