@@ -1,6 +1,7 @@
 """Where and beside what a compiled model runs: grad modes, autocast, threads, other compiled models, failures."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import accelerate
@@ -15,6 +16,7 @@ from tests.support.models import IMAGE, Shape, make_inputs, make_model
 from tests.support.reference import reference
 from tests.support.running import kept_of
 from tgvkv_compile import explain, inspect_cache, tgvkv_backend
+from tgvkv_compile.backend.dynamo import flags
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.errors import ForeignCacheError, PaddingError, SplitDecoderError
 from tgvkv_compile.passes import insert_scoring
@@ -138,6 +140,16 @@ def test_two_threads_on_one_model() -> None:
         assert len(found) == 3
         for output in found:
             check(output, inputs)
+
+
+def test_threads_have_the_flags_of_the_one_that_made_the_backend() -> None:
+    """What is assigned to a flag of dynamo is seen by one thread only; one that was there before must see it as well."""
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(threading.get_ident).result() != threading.get_ident()
+        model, inputs = compiled_model(), make_inputs(PROMPT)
+        seen = pool.submit(lambda: {name: getattr(torch._dynamo.config, name) for name in flags()}).result()
+        assert seen == flags()
+        check(pool.submit(generate, model, inputs).result(), inputs)
 
 
 def test_two_models_in_one_process() -> None:

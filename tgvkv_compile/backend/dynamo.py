@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 from tgvkv_compile.backend.cut import cut_models
 from tgvkv_compile.errors import ConfigError
-from tgvkv_compile.fx.private import keep_mutations_after_subgraphs, symbolic_shapes_config
+from tgvkv_compile.fx.private import keep_mutations_after_subgraphs, set_for_all_threads, symbolic_shapes_config
 
 log = logging.getLogger("tgvkv_compile")
 
@@ -55,10 +55,14 @@ def _all_flags() -> tuple[tuple[Any, dict[str, Any]], ...]:
 
 
 def configure() -> None:
-    """Sets the flags, process-wide: dynamo gives a backend no way to scope them to a call."""
+    """Sets the flags, process-wide: dynamo gives a backend no way to scope them to a call.
+
+    What is assigned to a flag is seen by the thread that did it only, and a server answers in others.
+    """
     for config, chosen in _all_flags():
         for name, value in chosen.items():
             setattr(config, name, value)
+            set_for_all_threads(config, name, value)
     _adjust()
 
 

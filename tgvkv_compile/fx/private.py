@@ -52,11 +52,17 @@ __all__ = [
     "keep_mutations_after_subgraphs",
     "make_fx",
     "mark_static",
+    "set_for_all_threads",
     "symbol_is_unbacked",
     "symbolic_shapes_config",
     "trace_structured",
     "tracing_apart",
 ]
+
+
+def set_for_all_threads(config: Any, name: str, value: Any) -> None:
+    """Makes a value the default of a torch flag: a thread that has assigned none of its own reads that."""
+    config._config[name].default = value
 
 
 def symbol_is_unbacked(symbol: Any) -> bool:
