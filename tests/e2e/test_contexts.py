@@ -118,12 +118,17 @@ def test_a_device_map_of_one_device() -> None:
         generate(hooked, inputs)
 
 
-def test_two_threads_on_one_model() -> None:
-    """Each its own requests, of its own shapes, both compiling at first."""
+@pytest.mark.parametrize("round_", range(4))
+def test_threads_on_one_model(round_: int) -> None:
+    """Each its own requests, of its own shapes, all compiling at first: while one of them does, it is global state to torch.
+
+    `torch.compiler.is_compiling()` is true in every thread then, so nothing may ask it where eager code could.
+    """
+    torch._dynamo.reset()
     model = compiled_model()
-    prompts = [make_inputs(((5, 9), (3, 12))), make_inputs(((4, 11),), seed=2)]
-    outputs: list[list[Any]] = [[], []]
-    together = threading.Barrier(2)
+    prompts = [make_inputs(((5, 9), (3, 12))), make_inputs(((4, 11),), seed=2), make_inputs(((4, 7), (2, 5)), seed=round_)]
+    outputs: list[list[Any]] = [[] for _ in prompts]
+    together = threading.Barrier(len(prompts))
 
     def ask(index: int) -> None:
         torch.set_num_threads(1)
@@ -131,7 +136,7 @@ def test_two_threads_on_one_model() -> None:
         for _ in range(3):
             outputs[index].append(generate(model, prompts[index]))
 
-    threads = [threading.Thread(target=ask, args=(index,)) for index in range(2)]
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(prompts))]
     for thread in threads:
         thread.start()
     for thread in threads:

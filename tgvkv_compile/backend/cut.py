@@ -230,7 +230,7 @@ class _Entry:
         decoder = self._decoder()
         assert decoder is not None
         prompt = _CURRENT.prompt
-        if prompt is None or prompt.decoder is not decoder or torch.compiler.is_compiling():
+        if prompt is None or prompt.decoder is not decoder or torch.compiler.is_dynamo_compiling():
             return decoder._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         return prompt.run(args, kwargs)
 
@@ -262,7 +262,7 @@ class _Lookup:
         assert embedding is not None
         embeds = embedding._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         prompt = _CURRENT.prompt
-        if prompt is not None and not torch.compiler.is_compiling():
+        if prompt is not None and not torch.compiler.is_dynamo_compiling():
             prompt.looked_up(args[0] if args else kwargs.get("input"), embeds)
         return embeds
 
@@ -314,7 +314,7 @@ def _with_cut(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def before_decoder(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             if _cuts_here():
                 torch._dynamo.graph_break(msg="tgvkv: a prompt runs uncompiled up to its decoder")
             return forward(self, *args, **kwargs)

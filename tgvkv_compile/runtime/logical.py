@@ -45,7 +45,7 @@ class LogicalKV(Tensor):
         the same operation in eager code.
         """
         kwargs = kwargs or {}
-        compiling = torch.compiler.is_compiling()
+        compiling = torch.compiler.is_dynamo_compiling()
         name = _name(func)
         if name in _METADATA or (compiling and traced_for_handles()):
             with torch._C.DisableTorchFunction():
