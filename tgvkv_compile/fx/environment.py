@@ -40,13 +40,18 @@ class Environment:
         self._moved_tensors: dict[object, Tensor] = {}
         self._numbers: dict[Any, tuple[int, ...]] = {}
 
-    def symbol(self, name: str, hint: int) -> SymInt:
+    def symbol(self, name: str, hint: int, *, few: bool = False) -> SymInt:
         """A new symbolic size with the value `hint` in this call.
 
         Dynamo makes symbols of a cache's Python ints, which begin at 0: such a one must not become a constant here.
+
+        Args:
+            name: For messages.
+            hint: Its value.
+            few: Whether it can be 0 or 1 in other calls; it can where `hint` is.
         """
         source = ConstantSource(name)
-        few = hint in (0, 1)
+        few = few or hint in (0, 1)
         symbol = self.shape_env.create_symbol(
             hint,
             source=source,
@@ -60,7 +65,7 @@ class Environment:
 
     def number(self, name: str, values: Sequence[int]) -> SymInt:
         """A new symbol that graphs are called with these values of, and with no others."""
-        number = self.symbol(name, values[-1])
+        number = self.symbol(name, values[-1], few=True)
         self._numbers[number.node.expr] = tuple(values)
         return number
 
@@ -164,7 +169,8 @@ class Environment:
         moved = expression.xreplace(self._moved)
         if not moved.free_symbols:
             return int(moved)
-        return self.shape_env.create_symintnode(moved, hint=int(size.node.hint))
+        hint = int(moved.xreplace(dict(self.shape_env.backed_var_to_val)))
+        return self.shape_env.create_symintnode(moved, hint=hint)
 
 
 def size_reader(gm: GraphModule, size: Any) -> Callable[[Sequence[Any]], int]:
