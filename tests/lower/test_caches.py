@@ -1,5 +1,6 @@
 """Caches of compiled graphs: another process, here another cache of dynamo, finds every piece that one has lowered."""
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
+from torch.fx import GraphModule
 
 from tests.support.models import Shape, make_inputs, make_model
 from tests.support.running import run
@@ -15,48 +17,65 @@ from tgvkv_compile import tgvkv_backend
 from tgvkv_compile.lower import lowered
 
 pytestmark = pytest.mark.slow
-SHAPE = Shape(layers=4)
+PIECES = 8
 
 
-@pytest.fixture(autouse=True)
-def empty_caches() -> Iterator[None]:
-    with fresh_cache():
-        yield
-
-
-def answered() -> tuple[dict[str, int], list[Any]]:
+@dataclasses.dataclass(frozen=True)
+class Answered:
     """What AOTAutograd's cache counted while a model was compiled anew, and the answer."""
+
+    counted: dict[str, int]
+    answer: Any
+
+
+def answered() -> Answered:
     torch._dynamo.reset()
     counters.clear()
-    model = make_model(SHAPE)
+    model = make_model(Shape(layers=3))
     model.compile(backend=tgvkv_backend(0.3))
     trace = run(model, make_inputs(((5, 9), (3, 12))), 3)
     counted = {name.removeprefix("autograd_cache_"): count for name, count in counters["aot_autograd"].items()}
-    return {name: counted.get(name, 0) for name in ("hit", "miss", "bypass")}, [trace.kept, trace.continuation.tolist()]
+    return Answered(
+        {name: counted.get(name, 0) for name in ("hit", "miss", "bypass")}, [trace.kept, trace.continuation.tolist()]
+    )
 
 
-def test_every_piece_is_found_again() -> None:
-    cold, wanted = answered()
-    assert cold == {"hit": 0, "miss": 8, "bypass": 0}
-    warm, found = answered()
-    assert warm == {"hit": 8, "miss": 0, "bypass": 0}
-    assert found == wanted
+@pytest.fixture(scope="module")
+def cold() -> Iterator[tuple[Answered, bytes]]:
+    """The first answer with an empty folder, which stays there, and the artifacts of it."""
+    with fresh_cache():
+        first = answered()
+        artifacts = torch.compiler.save_cache_artifacts()
+        assert artifacts is not None
+        yield first, artifacts[0]
 
 
-def test_other_sources_of_this_package_miss(monkeypatch: pytest.MonkeyPatch) -> None:
-    answered()
-    monkeypatch.setattr(lowered, "_sources", lambda: "of another release")
-    counted, _ = answered()
-    assert counted["miss"] >= 5  # all pieces that hold a function of this package
+def test_every_piece_is_found_again(cold: tuple[Answered, bytes]) -> None:
+    assert cold[0].counted == {"hit": 0, "miss": PIECES, "bypass": 0}
+    warm = answered()
+    assert warm.counted == {"hit": PIECES, "miss": 0, "bypass": 0}
+    assert warm.answer == cold[0].answer
 
 
-def test_artifacts_carry_the_pieces(tmp_path: Path) -> None:
-    _, wanted = answered()
-    artifacts = torch.compiler.save_cache_artifacts()
-    assert artifacts is not None
-    (tmp_path / "compiled.bin").write_bytes(artifacts[0])
+def test_artifacts_carry_the_pieces(cold: tuple[Answered, bytes], tmp_path: Path) -> None:
+    (tmp_path / "compiled.bin").write_bytes(cold[1])
     with fresh_cache():
         torch.compiler.load_cache_artifacts((tmp_path / "compiled.bin").read_bytes())
-        counted, found = answered()
-    assert counted == {"hit": 8, "miss": 0, "bypass": 0}
-    assert found == wanted
+        warm = answered()
+    assert warm.counted == {"hit": PIECES, "miss": 0, "bypass": 0}
+    assert warm.answer == cold[0].answer
+
+
+def test_functions_of_this_package_go_by_their_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph names them only; the key of the caches has a digest of what they do."""
+    marked: list[dict[str, str]] = []
+
+    def noted(gm: GraphModule, *_: Any, **__: Any) -> Any:
+        marked.append(lowered._cacheable(gm).get("unsafe_marked_cacheable_functions", {}))
+        return gm.forward
+
+    monkeypatch.setattr(lowered, "_inductor", noted)
+    answered()
+    names = {name for piece in marked for name in piece}
+    assert {"tgvkv_compile.ops.decode_step.decode_step", "tgvkv_compile.ops.packing.evict_into"} <= names
+    assert {digest for piece in marked for digest in piece.values()} == {lowered._sources()}
