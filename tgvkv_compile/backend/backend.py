@@ -14,6 +14,7 @@ from tgvkv_compile.backend import dynamo
 from tgvkv_compile.backend.cut import Cut
 from tgvkv_compile.backend.options import GROWTH_RESERVE, BackendOptions, read_options
 from tgvkv_compile.backend.programs import CachedProgram, PrefillProgram, Refusal, fewest_vision, key_weight
+from tgvkv_compile.backend.remedies import break_text, packed_layer
 from tgvkv_compile.backend.vision_turn import LatePrefillProgram, VisionContinuationProgram
 from tgvkv_compile.config import (
     SINK_TOKENS,
@@ -27,6 +28,7 @@ from tgvkv_compile.config import (
 from tgvkv_compile.errors import NoAttentionError, SplitDecoderError, TgvkvError, UnsupportedGraphError
 from tgvkv_compile.fx.dump import Dumper
 from tgvkv_compile.fx.meta import fake_tensor, source_line
+from tgvkv_compile.fx.subgraphs import all_nodes
 from tgvkv_compile.fx.targets import op_kind
 from tgvkv_compile.lower import lower_dense
 from tgvkv_compile.pipeline import Rewrite, plan_of, rewrite_graph, with_merges_read
@@ -227,15 +229,15 @@ def slots_of_example(rewrite: Rewrite, *, inputs: list[Any]) -> int:
 def problem_of(gm: GraphModule, plan: Plan) -> TgvkvError | None:
     """Why a graph must not run as it is, or None."""
     reason = dynamo.graph_break(gm)
-    where = _break_text(reason)
-    packed = dynamo.packed_layer(reason)
+    where = break_text(reason)
+    packed = packed_layer(reason)
     if packed is not None and _breaks_decoder(gm, plan, reason):
         return UnsupportedGraphError(f"tgvkv: {packed}")
     if plan.misses:
         listed = render_misses(plan.misses)
         return UnsupportedGraphError(f"tgvkv: {plan.reason}; {len(plan.misses)} sites cannot be rewritten:\n{listed}{where}")
     if plan.kind == "dense":
-        attends = any(op_kind(node) in ("sdpa", "softmax") for node in gm.graph.nodes)
+        attends = any(op_kind(node) in ("sdpa", "flex", "softmax") for node in all_nodes(gm))  # without a cache: not ours
         if plan.modality is None or attends:
             return None
         if reason is not None:
@@ -255,20 +257,6 @@ def _breaks_decoder(gm: GraphModule, plan: Plan, reason: Any) -> bool:
     missed = {miss.node for miss in plan.misses}
     merges_only = plan.kind == "dense" and plan.modality is not None and not missed
     return merges_only or any(dynamo.breaks_inside(reason, node) for node in gm.graph.nodes if node.name in missed)
-
-
-def _break_text(reason: Any | None) -> str:
-    if reason is None:
-        return ""
-    packed = dynamo.packed_layer(reason)
-    if packed is not None:
-        return f"\n{packed}"
-    return (
-        f"\ndynamo broke the graph at {dynamo.break_place(reason)}\n"
-        "Remedy: leave configure_dynamo=True (it sets torch._dynamo.config.capture_scalar_outputs and "
-        "capture_dynamic_output_shape_ops), take the operation at that line out of the compiled code path, and see "
-        "TORCH_LOGS=graph_breaks"
-    )
 
 
 def _warn_if_unreached(graphs: dict[str, int]) -> None:

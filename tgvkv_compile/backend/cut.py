@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tgvkv_compile.backend.apart import compile_apart
 from tgvkv_compile.backend.callers import warn_of_chunks
+from tgvkv_compile.backend.checkpointing import without_cache
 from tgvkv_compile.backend.dynamic_sizes import mark_decoder_inputs, mark_state, mark_step_inputs
 from tgvkv_compile.backend.merges import MergeWatch
 from tgvkv_compile.errors import ConfigError, UnsupportedGraphError
@@ -82,7 +83,7 @@ class Cut:
 
     def _step(self, module: torch.nn.Module, kwargs: dict[str, Any]) -> Any:
         mark_state(module)
-        return self._functions()[0](module, mark_step_inputs(kwargs))
+        return self._functions()[0](module, mark_step_inputs(without_cache(_decoder_of(module) or module, kwargs)))
 
     def decode(self, decoder: torch.nn.Module, watched: bool, vision: Tensor | None, kwargs: dict[str, Any]) -> Any:
         """Runs the decoder, compiled.
@@ -93,7 +94,7 @@ class Cut:
             vision: bool `[B, N, 1]`; None: nothing.
             kwargs: Of its call.
         """
-        vision, kwargs = mark_decoder_inputs(vision, kwargs)
+        vision, kwargs = mark_decoder_inputs(vision, without_cache(decoder, kwargs))
         return self._functions()[1](decoder, watched, vision, kwargs)
 
     def _functions(self) -> tuple[Callable[..., Any], Callable[..., Any]]:

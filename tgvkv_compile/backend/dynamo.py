@@ -130,18 +130,6 @@ def break_place(reason: Any) -> str:
     return f"{at}: {str(reason.reason).strip().splitlines()[0]}"
 
 
-def packed_layer(reason: Any | None) -> str | None:
-    """Where a graph break is in a layer of `torch.ao.nn`, whose packed weights dynamo cannot trace; None for any other."""
-    frame = reason.user_stack[-1] if reason is not None and reason.user_stack else None
-    if frame is None or "/torch/ao/nn/" not in frame.filename.replace("\\", "/"):
-        return None
-    return (
-        f"dynamo cannot trace the model's packed quantised layers (torch.ao.quantization, at {frame.filename}:{frame.lineno}): "
-        "their weights are opaque objects, and each of them breaks the graph. Quantise with torchao instead: "
-        "torchao.quantization.quantize_(model, Int8WeightOnlyConfig())"
-    )
-
-
 def breaks_inside(reason: Any, node: Node) -> bool:
     """Whether a graph break is inside the decoder that the attention node `node` belongs to.
 

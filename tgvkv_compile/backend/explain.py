@@ -18,6 +18,7 @@ from tgvkv_compile.backend.programs import fewest_vision
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.errors import NoAttentionError, TgvkvError
 from tgvkv_compile.fx.meta import fake_tensor, source_line
+from tgvkv_compile.fx.subgraphs import all_nodes
 from tgvkv_compile.fx.targets import op_kind, target_name
 from tgvkv_compile.ops.budgeting import kept_bound
 from tgvkv_compile.pipeline import find_all, plan_found, rewrite_graph, with_merges_read
@@ -249,8 +250,8 @@ def _site_report(layer: int, site: AttentionSite) -> SiteReport:
 
 def _candidate(gm: GraphModule) -> str | None:
     """The operation most like an attention."""
-    for kind in ("sdpa", "flex_attention", "softmax", "matmul", "linear"):
-        for node in gm.graph.nodes:
+    for kind in ("sdpa", "flex", "softmax", "matmul", "linear"):
+        for node in all_nodes(gm):
             if node.op != "placeholder" and op_kind(node) == kind:
                 return _describe(node)
     return None

@@ -20,6 +20,7 @@ def plan_graph(
     modality: ModalityMask | None,
     misses: tuple[Miss, ...],
     *,
+    enclosed: tuple[Miss, ...] = (),
     compressed: frozenset[str],
     embedding: Node | None,
     tensor_parallel: TensorParallel | None = None,
@@ -34,6 +35,8 @@ def plan_graph(
                                                                      is handed embeddings, not tokens
     none, of several  either                      any                miss (cross-attention, encoder-decoder)
     lengths
+    any               either                      any                miss where an append stands in the body of a
+                                                                     higher-order operator
     handles           no                          1                  decode
     handles           no                          more               continuation
     handles           yes                         any                vision_continuation
@@ -46,7 +49,8 @@ def plan_graph(
         appends: From `find_appends`.
         sites: From `find_attention`.
         modality: From `find_modality`.
-        misses: Of all finders.
+        misses: Of all other finders.
+        enclosed: From `find_enclosed`.
         compressed: Names of the placeholders that hold handles of a compact cache.
         embedding: From `find_embedding`.
         tensor_parallel: From `find_tensor_parallel`.
@@ -55,6 +59,8 @@ def plan_graph(
         The plan. Where the graph is a decoder that must be rewritten and cannot be, `kind` is `"dense"` and `misses`
         says why; a dense graph without misses is not ours to change.
     """
+    if enclosed:
+        return Plan("dense", "the decoder cannot be rewritten", misses=enclosed)
     crossing = _crossing(appends)
     if crossing:
         return Plan("dense", "vision is attended to across, not among the decoder's own tokens", misses=crossing)
