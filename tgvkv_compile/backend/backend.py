@@ -14,7 +14,7 @@ from tgvkv_compile.backend import dynamo
 from tgvkv_compile.backend.cut import Cut
 from tgvkv_compile.backend.options import GROWTH_RESERVE, BackendOptions, read_options
 from tgvkv_compile.backend.programs import CachedProgram, PrefillProgram, Refusal, fewest_vision, key_weight
-from tgvkv_compile.backend.remedies import break_text, packed_layer
+from tgvkv_compile.backend.remedies import break_text, packed_layer, unseen_text
 from tgvkv_compile.backend.vision_turn import LatePrefillProgram, VisionContinuationProgram
 from tgvkv_compile.config import (
     SINK_TOKENS,
@@ -31,6 +31,7 @@ from tgvkv_compile.fx.meta import fake_tensor, source_line
 from tgvkv_compile.fx.subgraphs import all_nodes
 from tgvkv_compile.fx.targets import op_kind
 from tgvkv_compile.lower import lower_dense
+from tgvkv_compile.passes.plan_graph import UNSEEN
 from tgvkv_compile.pipeline import Rewrite, plan_of, rewrite_graph, with_merges_read
 from tgvkv_compile.plan import Plan, render_misses
 from tgvkv_compile.runtime.compact import arena_slots
@@ -235,7 +236,10 @@ def problem_of(gm: GraphModule, plan: Plan) -> TgvkvError | None:
         return UnsupportedGraphError(f"tgvkv: {packed}")
     if plan.misses:
         listed = render_misses(plan.misses)
-        return UnsupportedGraphError(f"tgvkv: {plan.reason}; {len(plan.misses)} sites cannot be rewritten:\n{listed}{where}")
+        what_to_do = unseen_text(gm) if plan.reason == UNSEEN else where
+        return UnsupportedGraphError(
+            f"tgvkv: {plan.reason}; {len(plan.misses)} sites cannot be rewritten:\n{listed}{what_to_do}"
+        )
     if plan.kind == "dense":
         attends = any(op_kind(node) in ("sdpa", "flex", "softmax") for node in all_nodes(gm))  # without a cache: not ours
         if plan.modality is None or attends:
@@ -262,7 +266,9 @@ def _breaks_decoder(gm: GraphModule, plan: Plan, reason: Any) -> bool:
 def _warn_if_unreached(graphs: dict[str, int]) -> None:
     if not graphs:
         warnings.warn(
-            "tgvkv: a backend was made and never reached, so nothing was compressed. torch.compile(model).generate() runs the "
-            "uncompiled model; use model.compile(backend=...) or tgvkv_compile.compile(model, ...) instead",
+            "tgvkv: a backend was made and never reached, so nothing was compressed. generate() of a wrapper is that of the "
+            "model inside, which was not compiled; compile that one: of PEFT model.get_base_model(), of "
+            "DistributedDataParallel, FSDP and accelerate model.module, instead of torch.compile(model) the model itself. "
+            "tgvkv_compile.compile(model, ...) finds the right one; without a wrapper, model.compile(backend=...) does too",
             stacklevel=1,
         )

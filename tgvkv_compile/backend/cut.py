@@ -25,6 +25,8 @@ from tgvkv_compile.backend.callers import warn_of_chunks
 from tgvkv_compile.backend.checkpointing import without_cache
 from tgvkv_compile.backend.dynamic_sizes import mark_decoder_inputs, mark_state, mark_step_inputs
 from tgvkv_compile.backend.merges import MergeWatch
+from tgvkv_compile.backend.origin import mark_behind_cut
+from tgvkv_compile.backend.wrappers import whole_graphs
 from tgvkv_compile.errors import ConfigError, UnsupportedGraphError
 from tgvkv_compile.ops.merged import merged
 from tgvkv_compile.runtime.inspect import CACHE_NAMES
@@ -83,7 +85,8 @@ class Cut:
 
     def _step(self, module: torch.nn.Module, kwargs: dict[str, Any]) -> Any:
         mark_state(module)
-        return self._functions()[0](module, mark_step_inputs(without_cache(_decoder_of(module) or module, kwargs)))
+        with whole_graphs():
+            return self._functions()[0](module, mark_step_inputs(without_cache(_decoder_of(module) or module, kwargs)))
 
     def decode(self, decoder: torch.nn.Module, watched: bool, vision: Tensor | None, kwargs: dict[str, Any]) -> Any:
         """Runs the decoder, compiled.
@@ -95,7 +98,8 @@ class Cut:
             kwargs: Of its call.
         """
         vision, kwargs = mark_decoder_inputs(vision, without_cache(decoder, kwargs))
-        return self._functions()[1](decoder, watched, vision, kwargs)
+        with whole_graphs():
+            return self._functions()[1](decoder, watched, vision, kwargs)
 
     def _functions(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
         with self._lock:
@@ -114,6 +118,7 @@ class _Inside:
         self._backend = backend
 
     def __call__(self, gm: Any, example_inputs: Any) -> Any:
+        mark_behind_cut(gm)
         return self._backend(gm, example_inputs)
 
 

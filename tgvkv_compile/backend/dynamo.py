@@ -12,7 +12,6 @@ import torch
 from torch.fx import GraphModule, Node
 
 from tgvkv_compile.backend.cut import cut_models
-from tgvkv_compile.errors import ConfigError
 from tgvkv_compile.fx.private import keep_mutations_after_subgraphs, symbolic_shapes_config
 
 log = logging.getLogger("tgvkv_compile")
@@ -103,18 +102,6 @@ def _always_mask(fast_all: Callable[[torch.Tensor], Any]) -> None:
     @torch.compiler.substitute_in_graph(fast_all)
     def traced(tensor: torch.Tensor) -> bool:
         return False
-
-
-def module_of(model: Any) -> torch.nn.Module:
-    """The model itself, where it was wrapped by `torch.compile(model)`.
-
-    Raises:
-        ConfigError: It is no module.
-    """
-    model = getattr(model, "_orig_mod", model)
-    if not isinstance(model, torch.nn.Module):
-        raise ConfigError(f"model is a {type(model).__name__}; give a torch.nn.Module, such as a transformers model")
-    return model
 
 
 def graph_break(gm: GraphModule) -> Any | None:

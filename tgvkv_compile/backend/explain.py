@@ -15,6 +15,7 @@ from tgvkv_compile.backend.backend import problem_of, slots_of_example
 from tgvkv_compile.backend.cut import Cut
 from tgvkv_compile.backend.options import BackendOptions, read_options
 from tgvkv_compile.backend.programs import fewest_vision
+from tgvkv_compile.backend.wrappers import module_of
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.errors import NoAttentionError, TgvkvError
 from tgvkv_compile.fx.meta import fake_tensor, source_line
@@ -182,7 +183,7 @@ def explain(model: torch.nn.Module, inputs: Mapping[str, Any], budget: float | i
         NoAttentionError: No graph holds attention over a KV cache.
     """
     record = read_options({"budget": budget, **options}, where="explain")
-    model = dynamo.module_of(model)
+    model = module_of(model)
     inputs = {name: copy.deepcopy(value) if name in CACHE_NAMES else value for name, value in inputs.items()}
     finder = _Finder(record)
     with torch.no_grad(), dynamo.configured() if record.configure_dynamo else contextlib.nullcontext():

@@ -2,7 +2,11 @@
 
 from typing import Any
 
+from torch.fx import GraphModule
+
 from tgvkv_compile.backend.dynamo import break_place
+from tgvkv_compile.backend.origin import is_behind_cut
+from tgvkv_compile.backend.wrappers import SHARDING_REMEDY
 
 _DYNAMO = (
     "leave configure_dynamo=True (it sets torch._dynamo.config.capture_scalar_outputs and capture_dynamic_output_shape_ops), "
@@ -18,6 +22,16 @@ _CHECKPOINT = (
     "a checkpointed layer (torch.utils.checkpoint) stores into the KV cache, which running it again would do twice; pass "
     "use_cache=False, which trains without a cache and evicts nothing, or take the checkpointing off"
 )
+_SHARDED = f"FSDP gathers the weights of a unit before each of its calls, here between the decoder's layers. {SHARDING_REMEDY}"
+_ALONE = (
+    "compile the whole model, not its language model or another part of it: tgvkv_compile.compile(model), or "
+    "model.compile(backend=...) with a backend that was made after the model was loaded. Embeddings in the place of tokens "
+    "(inputs_embeds) are not supported; TORCH_LOGS=graph_breaks tells what dynamo left out"
+)
+_EMBEDDED = (
+    "give input_ids, not inputs_embeds, or run uncompressed with on_unsupported='passthrough'; if neither was given, "
+    "TORCH_LOGS=graph_breaks tells what dynamo left out"
+)
 
 
 def break_text(reason: Any | None) -> str:
@@ -31,9 +45,16 @@ def break_text(reason: Any | None) -> str:
     return "\n" + (packed_layer(reason) or f"dynamo broke the graph at {break_place(reason)}\nRemedy: {_remedy(reason)}")
 
 
+def unseen_text(gm: GraphModule) -> str:
+    """What to do about a decoder that was handed embeddings of which nothing is known, to be added to a message."""
+    return f"\nRemedy: {_EMBEDDED if is_behind_cut(gm) else _ALONE}"
+
+
 def _remedy(reason: Any) -> str:
     if _innermost(reason).endswith("accelerate/hooks.py"):
         return _HOOKS
+    if any("torch/distributed/fsdp/" in file for file in _files(reason)):
+        return _SHARDED
     if "torch.utils.checkpoint" in str(reason.reason) or any("checkpoint_wrapper.py" in file for file in _files(reason)):
         return _CHECKPOINT
     return _DYNAMO

@@ -7,11 +7,9 @@ from tgvkv_compile.fx.meta import fake_tensor, same_size, source_line
 from tgvkv_compile.fx.targets import target_name
 from tgvkv_compile.plan import AttentionSite, KVAppend, Miss, ModalityMask, Plan, TensorParallel
 
-_UNSEEN = (
-    "the decoder is handed embeddings, not tokens: vision may have been merged outside of this graph. Either dynamo left that "
-    "code uncompiled (TORCH_LOGS=graph_breaks tells where), or inputs_embeds was given; give input_ids, or run uncompressed "
-    "with on_unsupported='passthrough'"
-)
+UNSEEN = "where vision stands in the prompt cannot be seen"
+"""The `reason` of a plan for embeddings that nothing is known of."""
+_EMBEDDINGS = "the decoder is handed embeddings, not tokens: vision may have been merged outside of this graph"
 
 
 def plan_graph(
@@ -68,7 +66,7 @@ def plan_graph(
     handles = pasts & compressed
     unseen = not compressed and modality is None and embedding is None
     if unseen and appends and not pasts:
-        return Plan("dense", "where vision stands in the prompt cannot be seen", misses=(_at(appends[0], _UNSEEN),))
+        return Plan("dense", UNSEEN, misses=(_at(appends[0], _EMBEDDINGS),))
     if not compressed and modality is None:
         what = "no KV append in the graph" if not appends else "text-only prompt or uncompressed cache, nothing to evict"
         return Plan("dense", what, sites)
