@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from tgvkv_compile.backend import dynamo
 from tgvkv_compile.backend.cut import Cut
-from tgvkv_compile.backend.options import GROWTH_RESERVE, BackendOptions, read_options
+from tgvkv_compile.backend.options import GROWTH_RESERVE, BackendOptions, misplaced, read_options
 from tgvkv_compile.backend.programs import CachedProgram, PrefillProgram, Refusal, fewest_vision, key_weight
 from tgvkv_compile.backend.remedies import break_text, packed_layer, unseen_text
 from tgvkv_compile.backend.vision_turn import LatePrefillProgram, VisionContinuationProgram
@@ -127,13 +127,20 @@ class TgvkvBackend:
             dynamo.configure()
         atexit.register(_warn_if_unreached, self.graphs)
 
-    def __call__(self, gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, pickled or not, is a fresh backend with these options: caches that this one made are not the copy's."""
+        return type(self), (self.options,)
+
+    def __call__(self, gm: GraphModule, example_inputs: list[Any], **unknown: Any) -> Callable[..., Any]:
         """Compiles one graph.
 
         Args:
             gm: From dynamo.
             example_inputs: From dynamo, handles included.
+            **unknown: What `torch.compile` was given for its backend. Refused.
         """
+        if unknown:
+            return Refusal(misplaced(unknown))
         gm = with_merges_read(gm)
         placeholders = gm.graph.find_nodes(op="placeholder")
         examples = zip(placeholders, example_inputs, strict=True)

@@ -25,6 +25,7 @@ from tgvkv_compile.backend.callers import warn_of_chunks
 from tgvkv_compile.backend.checkpointing import without_cache
 from tgvkv_compile.backend.dynamic_sizes import mark_decoder_inputs, mark_state, mark_step_inputs
 from tgvkv_compile.backend.merges import MergeWatch
+from tgvkv_compile.backend.options import misplaced
 from tgvkv_compile.backend.origin import mark_behind_cut
 from tgvkv_compile.backend.wrappers import whole_graphs
 from tgvkv_compile.errors import ConfigError, UnsupportedGraphError
@@ -304,14 +305,17 @@ def _active_cut() -> Cut | None:
     """The cut of the backend that frames called now are compiled for.
 
     Raises:
-        ConfigError: They are to be one graph.
+        ConfigError: They are to be one graph, or `torch.compile` was given arguments that belong to the backend.
     """
-    cut = _cut_of(active_backend())
+    found = active_backend()
+    cut = _cut_of(found)
     if cut is not None and active_is_one_graph():
         raise ConfigError(
             "fullgraph=True cannot be honoured: a prompt runs uncompiled up to its decoder. Leave it out; the decoder is one "
             "graph all the same, and a decoder that dynamo splits raises SplitDecoderError"
         )
+    if cut is not None and found is not None and found[1] and not hasattr(found[0], "resolve"):
+        raise misplaced(found[1])
     return cut
 
 
