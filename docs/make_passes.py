@@ -11,6 +11,7 @@ from tgvkv_compile.pipeline import STEPS
 FINDERS = (
     "read_merges",
     "find_appends",
+    "find_enclosed",
     "find_attention",
     "find_modality",
     "find_embedding",

@@ -22,6 +22,7 @@ from tgvkv_compile.passes.extract_vision_count import extract_vision_count
 from tgvkv_compile.passes.find_appends import find_appends
 from tgvkv_compile.passes.find_attention import find_attention
 from tgvkv_compile.passes.find_embedding import find_embedding
+from tgvkv_compile.passes.find_enclosed import find_enclosed
 from tgvkv_compile.passes.find_modality import find_modality
 from tgvkv_compile.passes.find_tensor_parallel import find_tensor_parallel
 from tgvkv_compile.passes.insert_budgeting import insert_budgeting
@@ -201,6 +202,7 @@ class Findings:
     sites: tuple[AttentionSite, ...]
     modality: ModalityMask | None
     misses: tuple[Miss, ...]
+    enclosed: tuple[Miss, ...]
     tensor_parallel: TensorParallel | None
     embedding: Node | None
 
@@ -215,6 +217,7 @@ def find_all(gm: GraphModule) -> Findings:
         sites,
         find_modality(gm),
         append_misses + site_misses + split_misses,
+        find_enclosed(gm),
         tensor_parallel,
         find_embedding(gm, appends),
     )
@@ -237,6 +240,7 @@ def plan_found(found: Findings, compressed: frozenset[str]) -> Plan:
         found.sites,
         found.modality,
         found.misses,
+        enclosed=found.enclosed,
         compressed=compressed,
         embedding=found.embedding,
         tensor_parallel=found.tensor_parallel,

@@ -135,6 +135,20 @@ def test_an_error_on_the_way_leaves_nothing_behind() -> None:
     assert torch.equal(found, generate(fresh, prompt()))
 
 
+def test_a_picture_of_an_earlier_turn_given_to_generate_again() -> None:
+    model = tiny_llava()
+    model.compile(backend=tgvkv_backend(0.3, lowering="eager"))
+    inputs = prompt()
+    first = model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True)
+    ids = torch.cat([first.sequences, torch.tensor([[5, 6, 7]])], dim=1)
+    turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "past_key_values": first.past_key_values}
+    held = first.past_key_values.get_seq_length()
+    with pytest.raises(ValueError, match="Image features and image tokens do not match, tokens: 0"):
+        model.generate(**turn, pixel_values=inputs["pixel_values"], max_new_tokens=2)
+    assert first.past_key_values.get_seq_length() == held  # and the cache is still good
+    assert model.generate(**turn, max_new_tokens=2).shape[1] == ids.shape[1] + 2
+
+
 @pytest.mark.slow
 def test_threads_that_encode_pictures_on_one_model() -> None:
     model = tiny_llava()

@@ -94,6 +94,27 @@ def test_vision_apart_from_the_prompt(make: Any, give: Any) -> None:
     assert "cross-attention" in text and "mllama" in text and "on_unsupported='passthrough'" in text and ".py:" in text
 
 
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "idefics3", "chameleon"])
+def test_a_picture_given_again_without_its_tokens(name: str) -> None:
+    """In a later turn, or with the next token: transformers says so itself."""
+    family, said = FAMILIES[name], []
+    for compiled in (False, True):
+        model = make_model(family)
+        inputs = make_inputs(family, model, ((5, "image", 9),))
+        if compiled:
+            model.compile(backend=tgvkv_backend(0.5, lowering="eager"))
+        with torch.no_grad():
+            cache = model(**inputs, use_cache=True).past_key_values
+        for tokens in (torch.tensor([[7, 8, 9]]), torch.tensor([[7]])):
+            again = {**inputs, "input_ids": tokens, "attention_mask": torch.ones(1, cache.get_seq_length() + tokens.shape[1])}
+            for types in {"token_type_ids", "mm_token_type_ids"} & inputs.keys():
+                again[types] = torch.zeros_like(tokens)
+            with pytest.raises(ValueError, match="Image features and image tokens do not match, tokens: 0") as caught:
+                model(**again, past_key_values=cache, use_cache=True)
+            said.append(str(caught.value))
+    assert said[:2] == said[2:]
+
+
 def test_embeddings_of_which_nothing_is_known() -> None:
     """Vision may be hidden among them."""
     family = FAMILIES["ovis2"]

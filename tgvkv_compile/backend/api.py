@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 import torch
 
 from tgvkv_compile.backend.backend import tgvkv_backend
-from tgvkv_compile.errors import ConfigError
+from tgvkv_compile.backend.wrappers import module_to_compile
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -14,7 +14,8 @@ def compile(model: Model, budget: float | int = 0.05, **options: Any) -> Model:
     """Compiles a model in place with a KV budget.
 
     Args:
-        model: A transformers vision-language model (any `torch.nn.Module` whose call dynamo can trace).
+        model: A transformers vision-language model (any `torch.nn.Module` whose call dynamo can trace). Where PEFT,
+            accelerate, DistributedDataParallel or FSDP put a wrapper around one, the model inside is compiled.
         budget: Float in (0, 1]: fraction of KV kept. Int >= 1: tokens kept per layer, on average.
         **options: The other keyword arguments of `tgvkv_backend`.
 
@@ -22,11 +23,7 @@ def compile(model: Model, budget: float | int = 0.05, **options: Any) -> Model:
         The same model. `model.generate(...)` and `model(...)` now evict.
 
     Raises:
-        ConfigError: An option is unknown or out of range, or `model` is not a module.
+        ConfigError: An option is unknown or out of range, or `model` is not a module or one that cannot be compiled in place.
     """
-    if not isinstance(model, torch.nn.Module):
-        raise ConfigError(f"model is a {type(model).__name__}; give a torch.nn.Module, such as a transformers model")
-    if isinstance(model, torch._dynamo.OptimizedModule):
-        raise ConfigError("model was wrapped by torch.compile(); give the model itself, it is compiled in place")
-    model.compile(backend=tgvkv_backend(budget, **options))
+    module_to_compile(model).compile(backend=tgvkv_backend(budget, **options))
     return model

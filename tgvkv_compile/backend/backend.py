@@ -12,8 +12,9 @@ from torch.fx import GraphModule
 
 from tgvkv_compile.backend import dynamo
 from tgvkv_compile.backend.cut import Cut
-from tgvkv_compile.backend.options import GROWTH_RESERVE, BackendOptions, read_options
+from tgvkv_compile.backend.options import GROWTH_RESERVE, BackendOptions, misplaced, read_options
 from tgvkv_compile.backend.programs import CachedProgram, PrefillProgram, Refusal, fewest_vision, key_weight
+from tgvkv_compile.backend.remedies import break_text, packed_layer, unseen_text
 from tgvkv_compile.backend.vision_turn import LatePrefillProgram, VisionContinuationProgram
 from tgvkv_compile.config import (
     SINK_TOKENS,
@@ -27,8 +28,10 @@ from tgvkv_compile.config import (
 from tgvkv_compile.errors import NoAttentionError, SplitDecoderError, TgvkvError, UnsupportedGraphError
 from tgvkv_compile.fx.dump import Dumper
 from tgvkv_compile.fx.meta import fake_tensor, source_line
+from tgvkv_compile.fx.subgraphs import all_nodes
 from tgvkv_compile.fx.targets import op_kind
 from tgvkv_compile.lower import lower_dense
+from tgvkv_compile.passes.plan_graph import UNSEEN
 from tgvkv_compile.pipeline import Rewrite, plan_of, rewrite_graph, with_merges_read
 from tgvkv_compile.plan import Plan, render_misses
 from tgvkv_compile.runtime.compact import arena_slots
@@ -124,13 +127,20 @@ class TgvkvBackend:
             dynamo.configure()
         atexit.register(_warn_if_unreached, self.graphs)
 
-    def __call__(self, gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, pickled or not, is a fresh backend with these options: caches that this one made are not the copy's."""
+        return type(self), (self.options,)
+
+    def __call__(self, gm: GraphModule, example_inputs: list[Any], **unknown: Any) -> Callable[..., Any]:
         """Compiles one graph.
 
         Args:
             gm: From dynamo.
             example_inputs: From dynamo, handles included.
+            **unknown: What `torch.compile` was given for its backend. Refused.
         """
+        if unknown:
+            return Refusal(misplaced(unknown))
         gm = with_merges_read(gm)
         placeholders = gm.graph.find_nodes(op="placeholder")
         examples = zip(placeholders, example_inputs, strict=True)
@@ -227,15 +237,18 @@ def slots_of_example(rewrite: Rewrite, *, inputs: list[Any]) -> int:
 def problem_of(gm: GraphModule, plan: Plan) -> TgvkvError | None:
     """Why a graph must not run as it is, or None."""
     reason = dynamo.graph_break(gm)
-    where = _break_text(reason)
-    packed = dynamo.packed_layer(reason)
+    where = break_text(reason)
+    packed = packed_layer(reason)
     if packed is not None and _breaks_decoder(gm, plan, reason):
         return UnsupportedGraphError(f"tgvkv: {packed}")
     if plan.misses:
         listed = render_misses(plan.misses)
-        return UnsupportedGraphError(f"tgvkv: {plan.reason}; {len(plan.misses)} sites cannot be rewritten:\n{listed}{where}")
+        what_to_do = unseen_text(gm) if plan.reason == UNSEEN else where
+        return UnsupportedGraphError(
+            f"tgvkv: {plan.reason}; {len(plan.misses)} sites cannot be rewritten:\n{listed}{what_to_do}"
+        )
     if plan.kind == "dense":
-        attends = any(op_kind(node) in ("sdpa", "softmax") for node in gm.graph.nodes)
+        attends = any(op_kind(node) in ("sdpa", "flex", "softmax") for node in all_nodes(gm))  # without a cache: not ours
         if plan.modality is None or attends:
             return None
         if reason is not None:
@@ -257,24 +270,12 @@ def _breaks_decoder(gm: GraphModule, plan: Plan, reason: Any) -> bool:
     return merges_only or any(dynamo.breaks_inside(reason, node) for node in gm.graph.nodes if node.name in missed)
 
 
-def _break_text(reason: Any | None) -> str:
-    if reason is None:
-        return ""
-    packed = dynamo.packed_layer(reason)
-    if packed is not None:
-        return f"\n{packed}"
-    return (
-        f"\ndynamo broke the graph at {dynamo.break_place(reason)}\n"
-        "Remedy: leave configure_dynamo=True (it sets torch._dynamo.config.capture_scalar_outputs and "
-        "capture_dynamic_output_shape_ops), take the operation at that line out of the compiled code path, and see "
-        "TORCH_LOGS=graph_breaks"
-    )
-
-
 def _warn_if_unreached(graphs: dict[str, int]) -> None:
     if not graphs:
         warnings.warn(
-            "tgvkv: a backend was made and never reached, so nothing was compressed. torch.compile(model).generate() runs the "
-            "uncompiled model; use model.compile(backend=...) or tgvkv_compile.compile(model, ...) instead",
+            "tgvkv: a backend was made and never reached, so nothing was compressed. generate() of a wrapper is that of the "
+            "model inside, which was not compiled; compile that one: of PEFT model.get_base_model(), of "
+            "DistributedDataParallel, FSDP and accelerate model.module, instead of torch.compile(model) the model itself. "
+            "tgvkv_compile.compile(model, ...) finds the right one; without a wrapper, model.compile(backend=...) does too",
             stacklevel=1,
         )

@@ -22,8 +22,12 @@ from torch import Tensor
 
 from tgvkv_compile.backend.apart import compile_apart
 from tgvkv_compile.backend.callers import warn_of_chunks
+from tgvkv_compile.backend.checkpointing import without_cache
 from tgvkv_compile.backend.dynamic_sizes import mark_decoder_inputs, mark_state, mark_step_inputs
 from tgvkv_compile.backend.merges import MergeWatch
+from tgvkv_compile.backend.options import misplaced
+from tgvkv_compile.backend.origin import mark_behind_cut
+from tgvkv_compile.backend.wrappers import whole_graphs
 from tgvkv_compile.errors import ConfigError, UnsupportedGraphError
 from tgvkv_compile.ops.merged import merged
 from tgvkv_compile.runtime.inspect import CACHE_NAMES
@@ -82,7 +86,8 @@ class Cut:
 
     def _step(self, module: torch.nn.Module, kwargs: dict[str, Any]) -> Any:
         mark_state(module)
-        return self._functions()[0](module, mark_step_inputs(kwargs))
+        with whole_graphs():
+            return self._functions()[0](module, mark_step_inputs(without_cache(_decoder_of(module) or module, kwargs)))
 
     def decode(self, decoder: torch.nn.Module, watched: bool, vision: Tensor | None, kwargs: dict[str, Any]) -> Any:
         """Runs the decoder, compiled.
@@ -93,8 +98,9 @@ class Cut:
             vision: bool `[B, N, 1]`; None: nothing.
             kwargs: Of its call.
         """
-        vision, kwargs = mark_decoder_inputs(vision, kwargs)
-        return self._functions()[1](decoder, watched, vision, kwargs)
+        vision, kwargs = mark_decoder_inputs(vision, without_cache(decoder, kwargs))
+        with whole_graphs():
+            return self._functions()[1](decoder, watched, vision, kwargs)
 
     def _functions(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
         with self._lock:
@@ -113,6 +119,7 @@ class _Inside:
         self._backend = backend
 
     def __call__(self, gm: Any, example_inputs: Any) -> Any:
+        mark_behind_cut(gm)
         return self._backend(gm, example_inputs)
 
 
@@ -336,14 +343,17 @@ def _active_cut() -> Cut | None:
     """The cut of the backend that frames called now are compiled for.
 
     Raises:
-        ConfigError: They are to be one graph.
+        ConfigError: They are to be one graph, or `torch.compile` was given arguments that belong to the backend.
     """
-    cut = _cut_of(active_backend())
+    found = active_backend()
+    cut = _cut_of(found)
     if cut is not None and active_is_one_graph():
         raise ConfigError(
             "fullgraph=True cannot be honoured: a prompt runs uncompiled up to its decoder. Leave it out; the decoder is one "
             "graph all the same, and a decoder that dynamo splits raises SplitDecoderError"
         )
+    if cut is not None and found is not None and found[1] and not hasattr(found[0], "resolve"):
+        raise misplaced(found[1])
     return cut
 
 

@@ -12,7 +12,6 @@ import torch
 from torch.fx import GraphModule, Node
 
 from tgvkv_compile.backend.cut import cut_models
-from tgvkv_compile.errors import ConfigError
 from tgvkv_compile.fx.private import keep_mutations_after_subgraphs, set_for_all_threads, symbolic_shapes_config
 
 log = logging.getLogger("tgvkv_compile")
@@ -109,18 +108,6 @@ def _always_mask(fast_all: Callable[[torch.Tensor], Any]) -> None:
         return False
 
 
-def module_of(model: Any) -> torch.nn.Module:
-    """The model itself, where it was wrapped by `torch.compile(model)`.
-
-    Raises:
-        ConfigError: It is no module.
-    """
-    model = getattr(model, "_orig_mod", model)
-    if not isinstance(model, torch.nn.Module):
-        raise ConfigError(f"model is a {type(model).__name__}; give a torch.nn.Module, such as a transformers model")
-    return model
-
-
 def graph_break(gm: GraphModule) -> Any | None:
     """Dynamo's `GraphCompileReason` where the graph ends at a graph break, None where it ends with its frame."""
     reason = getattr(gm, "compile_subgraph_reason", None)
@@ -132,18 +119,6 @@ def break_place(reason: Any) -> str:
     frame = reason.user_stack[-1] if reason.user_stack else None
     at = f"{frame.filename}:{frame.lineno}" if frame is not None else "(unknown place)"
     return f"{at}: {str(reason.reason).strip().splitlines()[0]}"
-
-
-def packed_layer(reason: Any | None) -> str | None:
-    """Where a graph break is in a layer of `torch.ao.nn`, whose packed weights dynamo cannot trace; None for any other."""
-    frame = reason.user_stack[-1] if reason is not None and reason.user_stack else None
-    if frame is None or "/torch/ao/nn/" not in frame.filename.replace("\\", "/"):
-        return None
-    return (
-        f"dynamo cannot trace the model's packed quantised layers (torch.ao.quantization, at {frame.filename}:{frame.lineno}): "
-        "their weights are opaque objects, and each of them breaks the graph. Quantise with torchao instead: "
-        "torchao.quantization.quantize_(model, Int8WeightOnlyConfig())"
-    )
 
 
 def breaks_inside(reason: Any, node: Node) -> bool:

@@ -15,9 +15,11 @@ from tgvkv_compile.backend.backend import problem_of, slots_of_example
 from tgvkv_compile.backend.cut import Cut
 from tgvkv_compile.backend.options import BackendOptions, read_options
 from tgvkv_compile.backend.programs import fewest_vision
+from tgvkv_compile.backend.wrappers import module_of
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.errors import NoAttentionError, TgvkvError
 from tgvkv_compile.fx.meta import fake_tensor, source_line
+from tgvkv_compile.fx.subgraphs import all_nodes
 from tgvkv_compile.fx.targets import op_kind, target_name
 from tgvkv_compile.ops.budgeting import kept_bound
 from tgvkv_compile.pipeline import find_all, plan_found, rewrite_graph, with_merges_read
@@ -181,7 +183,7 @@ def explain(model: torch.nn.Module, inputs: Mapping[str, Any], budget: float | i
         NoAttentionError: No graph holds attention over a KV cache.
     """
     record = read_options({"budget": budget, **options}, where="explain")
-    model = dynamo.module_of(model)
+    model = module_of(model)
     inputs = {name: copy.deepcopy(value) if name in CACHE_NAMES else value for name, value in inputs.items()}
     finder = _Finder(record)
     with torch.no_grad(), dynamo.configured() if record.configure_dynamo else contextlib.nullcontext():
@@ -249,8 +251,8 @@ def _site_report(layer: int, site: AttentionSite) -> SiteReport:
 
 def _candidate(gm: GraphModule) -> str | None:
     """The operation most like an attention."""
-    for kind in ("sdpa", "flex_attention", "softmax", "matmul", "linear"):
-        for node in gm.graph.nodes:
+    for kind in ("sdpa", "flex", "softmax", "matmul", "linear"):
+        for node in all_nodes(gm):
             if node.op != "placeholder" and op_kind(node) == kind:
                 return _describe(node)
     return None

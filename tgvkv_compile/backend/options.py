@@ -69,6 +69,22 @@ def _names(record: type) -> tuple[str, ...]:
 OPTION_NAMES = (*_names(EvictionConfig), *_names(BackendOptions))
 
 
+def misplaced(given: Mapping[str, Any]) -> ConfigError:
+    """The error for arguments of `torch.compile` that belong to the backend: `mode`, `options`, and ours among the latter."""
+    options = dict(given.get("options") or {})
+    ours = {name: options.pop(name) for name in list(options) if name in OPTION_NAMES}
+    moved = {**ours, **{name: value for name, value in given.items() if name != "options"}}
+    if options:
+        moved["options"] = options
+    return ConfigError(
+        f"{_shown(given)} was given to compile() beside the backend; give it to the backend: tgvkv_backend({_shown(moved)})"
+    )
+
+
+def _shown(given: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in given.items())
+
+
 def read_options(given: Mapping[str, Any], *, where: str) -> BackendOptions:
     """The options from keyword arguments.
 

@@ -92,7 +92,8 @@ def check_gradients(inputs: Sequence[Any]) -> None:
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
         raise GradientsRequiredError(
             "gradients are required (grad mode is on and the model's parameters require them), but KV eviction is not "
-            "differentiable; call the model under torch.no_grad() or torch.inference_mode(), as generate() does"
+            "differentiable; call the model under torch.no_grad() or torch.inference_mode(), as generate() does, or, to train, "
+            "pass use_cache=False, which runs without a cache and evicts nothing"
         )
 
 

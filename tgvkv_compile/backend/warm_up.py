@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tgvkv_compile.backend.request import blank_image, request_of
+from tgvkv_compile.backend.wrappers import module_of
 from tgvkv_compile.config import check_count
 from tgvkv_compile.errors import ConfigError
 from tgvkv_compile.runtime.tracing import compiled_for_handles
@@ -39,6 +40,8 @@ def warm_up(model: Any, inputs: Any, *, batch_sizes: Sequence[int] = (1,), new_t
         raise ConfigError(f"batch_sizes={batch_sizes!r} names no batch size; give (1,), or (1, 2) where batches will come")
     for size in batch_sizes:
         check_count("batch_sizes", size, minimum=1)
+    if isinstance(model, torch.nn.Module) and not hasattr(model, "generate"):
+        model = module_of(model)
     _check_model(model)
     sample = _sample(model, inputs)
     with _as_it_was(model):
@@ -55,7 +58,8 @@ def _check_model(model: Any) -> None:
         )
     if not isinstance(model, torch.nn.Module) or not hasattr(model, "generate"):
         raise ConfigError(f"model is a {name}; warm_up() needs a transformers model with generate()")
-    calls = [call for module in model.modules() for call in (module._compiled_call_impl, vars(module).get("forward"))]
+    answering = module_of(model).modules()  # what was compiled for a wrapper alone, its generate() does not reach
+    calls = [call for module in answering for call in (module._compiled_call_impl, vars(module).get("forward"))]
     if not any(call is not None and compiled_for_handles(call) for call in calls):
         raise ConfigError(
             f"model ({name}) was not compiled with this backend, so there is nothing to warm up; call "

@@ -9,6 +9,7 @@ import torch
 from tgvkv_compile.backend import dynamo
 from tgvkv_compile.backend.apart import compile_apart
 from tgvkv_compile.backend.backend import tgvkv_backend
+from tgvkv_compile.backend.wrappers import module_of
 from tgvkv_compile.config import SINK_TOKENS, Budgeting, BudgetOf, DecodeMode, EvictionConfig, check_count
 from tgvkv_compile.errors import ConfigError
 from tgvkv_compile.export.budget_plan import BudgetPlan
@@ -59,7 +60,7 @@ def calibrate(
         raise ConfigError(
             f"samples={type(samples).__name__} must be a sequence of at least one call's inputs, such as [inputs]"
         )
-    model = dynamo.module_of(model)
+    model = module_of(model)
     backend = tgvkv_backend(
         budget,
         budget_of=budget_of,

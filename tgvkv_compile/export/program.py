@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tgvkv_compile.backend import dynamo
+from tgvkv_compile.backend.wrappers import module_of
 from tgvkv_compile.config import SINK_TOKENS, Budgeting, BudgetOf, DecodeMode, check_count
 from tgvkv_compile.errors import ConfigError, UnsupportedGraphError
 from tgvkv_compile.export.budget_plan import BudgetPlan
@@ -109,7 +109,7 @@ def export_program(
         UnsupportedGraphError: The model cannot be exported.
     """
     say = say or (lambda _: None)
-    model = dynamo.module_of(model)
+    model = module_of(model)
     if model.training:
         raise ConfigError(f"{type(model).__name__} is in training mode; call model.eval() first")
     family = family_of(model)

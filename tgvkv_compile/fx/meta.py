@@ -75,10 +75,16 @@ def described(value: Any) -> object:
 
 def submodule(node: Node) -> GraphModule:
     """The graph that a `get_attr` node stands for: an argument of a higher-order operator."""
+    value = attribute(node)
+    assert isinstance(value, GraphModule), f"%{node.name} holds a {type(value).__name__}"
+    return value
+
+
+def attribute(node: Node) -> Any:
+    """What a `get_attr` node stands for."""
     value: Any = node.graph.owning_module
     for part in str(node.target).split("."):
         value = getattr(value, part)
-    assert isinstance(value, GraphModule), f"%{node.name} holds a {type(value).__name__}"
     return value
 
 

@@ -7,11 +7,9 @@ from tgvkv_compile.fx.meta import fake_tensor, same_size, source_line
 from tgvkv_compile.fx.targets import target_name
 from tgvkv_compile.plan import AttentionSite, KVAppend, Miss, ModalityMask, Plan, TensorParallel
 
-_UNSEEN = (
-    "the decoder is handed embeddings, not tokens: vision may have been merged outside of this graph. Either dynamo left that "
-    "code uncompiled (TORCH_LOGS=graph_breaks tells where), or inputs_embeds was given; give input_ids, or run uncompressed "
-    "with on_unsupported='passthrough'"
-)
+UNSEEN = "where vision stands in the prompt cannot be seen"
+"""The `reason` of a plan for embeddings that nothing is known of."""
+_EMBEDDINGS = "the decoder is handed embeddings, not tokens: vision may have been merged outside of this graph"
 
 
 def plan_graph(
@@ -20,6 +18,7 @@ def plan_graph(
     modality: ModalityMask | None,
     misses: tuple[Miss, ...],
     *,
+    enclosed: tuple[Miss, ...] = (),
     compressed: frozenset[str],
     embedding: Node | None,
     tensor_parallel: TensorParallel | None = None,
@@ -34,6 +33,8 @@ def plan_graph(
                                                                      is handed embeddings, not tokens
     none, of several  either                      any                miss (cross-attention, encoder-decoder)
     lengths
+    any               either                      any                miss where an append stands in the body of a
+                                                                     higher-order operator
     handles           no                          1                  decode
     handles           no                          more               continuation
     handles           yes                         any                vision_continuation
@@ -46,7 +47,8 @@ def plan_graph(
         appends: From `find_appends`.
         sites: From `find_attention`.
         modality: From `find_modality`.
-        misses: Of all finders.
+        misses: Of all other finders.
+        enclosed: From `find_enclosed`.
         compressed: Names of the placeholders that hold handles of a compact cache.
         embedding: From `find_embedding`.
         tensor_parallel: From `find_tensor_parallel`.
@@ -55,6 +57,8 @@ def plan_graph(
         The plan. Where the graph is a decoder that must be rewritten and cannot be, `kind` is `"dense"` and `misses`
         says why; a dense graph without misses is not ours to change.
     """
+    if enclosed:
+        return Plan("dense", "the decoder cannot be rewritten", misses=enclosed)
     crossing = _crossing(appends)
     if crossing:
         return Plan("dense", "vision is attended to across, not among the decoder's own tokens", misses=crossing)
@@ -62,7 +66,7 @@ def plan_graph(
     handles = pasts & compressed
     unseen = not compressed and modality is None and embedding is None
     if unseen and appends and not pasts:
-        return Plan("dense", "where vision stands in the prompt cannot be seen", misses=(_at(appends[0], _UNSEEN),))
+        return Plan("dense", UNSEEN, misses=(_at(appends[0], _EMBEDDINGS),))
     if not compressed and modality is None:
         what = "no KV append in the graph" if not appends else "text-only prompt or uncompressed cache, nothing to evict"
         return Plan("dense", what, sites)
