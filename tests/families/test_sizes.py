@@ -28,7 +28,7 @@ Batch = tuple[Prompt, ...]
 SINGLE: tuple[Batch, ...] = (
     ((5, "image", 9),),
     ((3, ("image", 1), 2, ("image", 2), 6),),
-    ((8, ("image", 3), 12),),
+    ((70, ("image", 3), 62),),
     ((2, "image", 1, ("image", 1), 3, ("image", 2), 7),),
     ((6, ("image", 2), 4),),
 )

@@ -124,6 +124,13 @@ class TgvkvBackend:
             dynamo.configure()
         atexit.register(_warn_if_unreached, self.graphs)
 
+    @property
+    def __name__(self) -> str:
+        """`torch.compile` asks for it: the moment to look for model classes that were loaded since this was made."""
+        if self.options.configure_dynamo:
+            dynamo.configure()
+        return "tgvkv"
+
     def __call__(self, gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """Compiles one graph.
 

@@ -116,11 +116,11 @@ class _Inside:
     """The backend again, for code behind the cut: traced without one.
 
     Attributes:
-        settles_windows: Sliding windows are cut when the graph has run (see `backend.sliding_windows`).
+        behind_cut: What it compiles is called by the cut (see `runtime.tracing`).
     """
 
     takes_handles = True
-    settles_windows = True
+    behind_cut = True
 
     def __init__(self, backend: Callable[..., Any]) -> None:
         self._backend = backend

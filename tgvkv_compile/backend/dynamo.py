@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from tgvkv_compile.backend.chunk_loops import keep_chunk_loops
 from tgvkv_compile.backend.cut import cut_models
 from tgvkv_compile.backend.sliding_windows import hand_windows_back
 from tgvkv_compile.errors import ConfigError
@@ -68,6 +69,7 @@ def _adjust() -> None:
     keep_mutations_after_subgraphs()
     cut_models()
     hand_windows_back()
+    keep_chunk_loops()
     _never_warn()
     masks = sys.modules.get("transformers.masking_utils")  # where it is not loaded, there is no model to compile yet
     fast_all = getattr(masks, "fast_all", None)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tgvkv_compile.fx.private import DynamicInt
-from tgvkv_compile.runtime.tracing import never_compile_frame, traced_backend
+from tgvkv_compile.runtime.tracing import never_compile_frame, traced_behind_cut
 
 _UNCUT = "_tgvkv_uncut"
 """On a layer: whether the last graph handed back all that it was given. On a function: that it is the one below."""
@@ -38,7 +38,7 @@ def hand_windows_back() -> None:
 def _uncut(update: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(update)
     def update_window(self: Any, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling() or not _settled_outside() or getattr(self, "record_past", False):
+        if not torch.compiler.is_compiling() or not traced_behind_cut() or getattr(self, "record_past", False):
             return update(self, key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -61,7 +61,7 @@ def _full_from(get_mask_sizes: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(get_mask_sizes)
     def window_sizes(self: Any, query_length: Any) -> tuple[Any, Any]:
         full_from = getattr(self, "_tgvkv_full_from", self.sliding_window)
-        if not torch.compiler.is_compiling() or not _settled_outside() or self.cumulative_length < full_from:
+        if not torch.compiler.is_compiling() or not traced_behind_cut() or self.cumulative_length < full_from:
             return get_mask_sizes(self, query_length)  # type: ignore[no-any-return]
         kept = self.sliding_window - 1
         return kept + query_length, self.cumulative_length - kept
@@ -75,7 +75,7 @@ def _masked_prompts(ignore_mask: Callable[..., bool]) -> Callable[..., bool]:
 
     @functools.wraps(ignore_mask)
     def needs_none(padding_mask: Any, q_length: Any, *args: Any, **kwargs: Any) -> bool:
-        if torch.compiler.is_compiling() and q_length != 1 and _settled_outside():
+        if torch.compiler.is_compiling() and q_length != 1 and traced_behind_cut():
             local = args[3] if len(args) > 3 else kwargs.get("local_attention_size")
             if local is not None:
                 return False
@@ -83,12 +83,6 @@ def _masked_prompts(ignore_mask: Callable[..., bool]) -> Callable[..., bool]:
 
     never_compile_frame(needs_none)
     return needs_none
-
-
-@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
-def _settled_outside() -> bool:
-    found = traced_backend()
-    return found is not None and getattr(found[0], "settles_windows", False)
 
 
 def settle(cache: Any) -> None:
