@@ -76,6 +76,26 @@ def test_several_merges_add_up() -> None:
     assert vision is not None and torch.equal(vision[..., 0], first | second)
 
 
+def mark(embeds: Tensor) -> Tensor:
+    embeds[TOKENS == 4] = torch.randn(8)
+    return embeds
+
+
+def mark_out_of_place(embeds: Tensor) -> Tensor:
+    return embeds.index_put((TOKENS == 4,), torch.randn(8))
+
+
+@pytest.mark.parametrize("way", [mark, mark_out_of_place])
+def test_one_vector_for_every_marker_is_no_picture(way: Callable[[Tensor], Tensor]) -> None:
+    watch = MergeWatch()
+    with watch:
+        text = way(look_up() * 1.0)
+        pictures = way(scatter(look_up()))
+    assert watch.knows(text) and watch.vision(text) is None
+    vision = watch.vision(pictures)
+    assert watch.knows(pictures) and vision is not None and torch.equal(vision[..., 0], IMAGE)
+
+
 def test_text_alone_is_known_to_be_text() -> None:
     watch = MergeWatch()
     with watch:

@@ -23,6 +23,11 @@ def square(generator: torch.Generator) -> Media:
     return {"pixel_values": pixels(generator, 1, 3, SIDE, SIDE)}
 
 
+def tile(generator: torch.Generator) -> Media:
+    """A picture of which the processor makes one tile; of larger ones it makes several, and all are encoded alike."""
+    return square(generator)
+
+
 def square_as_image(generator: torch.Generator) -> Media:
     """For video_llava, which names its inputs by kind."""
     return {"pixel_values_images": pixels(generator, 1, 3, SIDE, SIDE)}
@@ -64,18 +69,16 @@ def grid_to_merge(generator: torch.Generator) -> Media:
 
 def masked(generator: torch.Generator) -> Media:
     """Idefics."""
-    return {**square(generator), "pixel_attention_mask": torch.ones(1, SIDE, SIDE, dtype=torch.int64)}
+    return of_masked(1)(generator)
 
 
 def masked_for_aria(generator: torch.Generator) -> Media:
-    return {**square(generator), "pixel_mask": torch.ones(1, SIDE, SIDE, dtype=torch.bool)}
+    return of_masked_for_aria(1)(generator)
 
 
 def packed(generator: torch.Generator) -> Media:
     """Siglip 2: a list of patches and its shape."""
-    mask = torch.ones(1, 16, dtype=torch.int64)
-    shape = torch.tensor([[4, 4]])
-    return {"pixel_values": pixels(generator, 1, 16, 3 * PATCH**2), "spatial_shapes": shape, "pixel_attention_mask": mask}
+    return of_shape(4, 4)(generator)
 
 
 # Pictures and videos of other sizes
@@ -93,6 +96,52 @@ def tiled_square(generator: torch.Generator) -> Media:
 
 def tiled_wide(generator: torch.Generator) -> Media:
     return {**tiled(generator), "image_sizes": torch.tensor([[SIDE - 6, 2 * SIDE]])}
+
+
+def of_tiles(count: int, side: int = SIDE) -> Callable[[torch.Generator], Media]:
+    """A picture cut into `count` tiles."""
+    return lambda generator: {"pixel_values": pixels(generator, count, 3, side, side)}
+
+
+def of_masked(count: int) -> Callable[[torch.Generator], Media]:
+    """Idefics: `count` tiles."""
+
+    def make(generator: torch.Generator) -> Media:
+        mask = torch.ones(count, SIDE, SIDE, dtype=torch.int64)
+        return {"pixel_values": pixels(generator, count, 3, SIDE, SIDE), "pixel_attention_mask": mask}
+
+    return make
+
+
+def of_masked_for_aria(count: int) -> Callable[[torch.Generator], Media]:
+    """For aria, which names the mask otherwise."""
+
+    def make(generator: torch.Generator) -> Media:
+        mask = torch.ones(count, SIDE, SIDE, dtype=torch.bool)
+        return {"pixel_values": pixels(generator, count, 3, SIDE, SIDE), "pixel_mask": mask}
+
+    return make
+
+
+def of_size(height: int, width: int) -> Callable[[torch.Generator], Media]:
+    """Pixtral: `height` by `width` pixels."""
+
+    def make(generator: torch.Generator) -> Media:
+        size = torch.tensor([[height, width]])
+        return {"pixel_values": pixels(generator, 1, 3, height, width), "image_sizes": size}
+
+    return make
+
+
+def of_shape(height: int, width: int) -> Callable[[torch.Generator], Media]:
+    """Siglip 2: `height` by `width` patches, padded to 16."""
+
+    def make(generator: torch.Generator) -> Media:
+        mask = (torch.arange(16) < height * width).long()[None]
+        values = pixels(generator, 1, 16, 3 * PATCH**2) * mask[..., None]
+        return {"pixel_values": values, "spatial_shapes": torch.tensor([[height, width]]), "pixel_attention_mask": mask}
+
+    return make
 
 
 def of_grid(height: int, width: int) -> Callable[[torch.Generator], Media]:
@@ -179,8 +228,9 @@ def idefics(count: int, media: Media) -> list[int]:
 
 
 def in_rows(count: int, media: Media) -> list[int]:
-    """Pixtral: a marker after every row of the two."""
-    return [*[IMAGE] * (count // 2), ROW, *[IMAGE] * (count // 2), CLOSE]
+    """Pixtral: a marker after every row but the last."""
+    rows = int(media["image_sizes"][0, 0]) // (2 * PATCH)
+    return [*[*[IMAGE] * (count // rows), ROW] * (rows - 1), *[IMAGE] * (count // rows), CLOSE]
 
 
 def bare_video(count: int, media: Media) -> list[int]:
@@ -204,16 +254,29 @@ def glm_video(count: int, media: Media) -> list[int]:
 
 
 def padded_with_black(samples: list[list[Media]]) -> Media:
-    """Idefics: `[B, images, 3, H, W]`, samples with fewer images padded with black ones."""
-    most = max(len(sample) for sample in samples)
+    """Idefics: `[B, tiles, 3, H, W]`, samples with fewer of them padded with black ones."""
     some = next((media for sample in samples for media in sample), {})
     batch: Media = {}
     for name, like in some.items():
-        missing = [[torch.zeros_like(like)] * (most - len(sample)) for sample in samples]
-        batch[name] = torch.stack(
-            [torch.cat([*(media[name] for media in sample), *blank]) for sample, blank in zip(samples, missing, strict=True)]
-        )
+        of_samples = [torch.cat([media[name] for media in sample]) if sample else like[:0] for sample in samples]
+        most = max(len(tiles) for tiles in of_samples)
+        blank = torch.zeros_like(like[:1])
+        batch[name] = torch.stack([torch.cat([tiles, *[blank] * (most - len(tiles))]) for tiles in of_samples])
     return batch
+
+
+def padded_to_largest(samples: list[list[Media]]) -> Media:
+    """Pixtral: pictures padded on the right and below to the size of the largest."""
+    flat = [media for sample in samples for media in sample]
+    if not flat:
+        return {}
+    sizes = torch.cat([media["image_sizes"] for media in flat])
+    height, width = sizes.amax(0).tolist()
+    whole = [
+        torch.nn.functional.pad(media["pixel_values"], (0, width - size[1], 0, height - size[0]))
+        for media, size in zip(flat, sizes.tolist(), strict=True)
+    ]
+    return {"pixel_values": torch.cat(whole), "image_sizes": sizes}
 
 
 # Which tokens are vision, as processors tell it
@@ -233,7 +296,13 @@ def prefix_token_types(kinds: Tensor) -> Media:
 
 
 OTHER_SIZES: dict[Callable[[torch.Generator], Media], tuple[Callable[[torch.Generator], Media], ...]] = {
+    tile: (of_tiles(2), of_tiles(3), of_tiles(5)),
+    large_square: (of_tiles(2, 4 * SIDE), of_tiles(3, 4 * SIDE), of_tiles(5, 4 * SIDE)),
+    masked: (of_masked(2), of_masked(3), of_masked(5)),
+    masked_for_aria: (of_masked_for_aria(2), of_masked_for_aria(3), of_masked_for_aria(5)),
     tiled: (tiled_tall, tiled_square, tiled_wide),
+    sized: (of_size(SIDE, SIDE), of_size(24, 32), of_size(32, 8)),
+    packed: (of_shape(2, 4), of_shape(8, 2), of_shape(4, 2)),
     grid: (of_grid(4, 4), of_grid(8, 12), of_grid(12, 4)),
     grid_of_patches: (of_patches(4, 4), of_patches(8, 8), of_patches(12, 4)),
     grid_to_merge: (to_merge(4, 8), to_merge(8, 8), to_merge(4, 12)),

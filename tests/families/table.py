@@ -255,7 +255,7 @@ FAMILIES: dict[str, Family] = {
     "internvl": _family(
         "InternVL",
         lambda: config("InternVL", "qwen2", "internvl_vision", None, INTERN_VISION, image_token_id=IMAGE, **UNTIED),
-        media.square,
+        media.tile,
         media.between_markers,
     ),
     "smolvlm": _family(
@@ -301,6 +301,7 @@ FAMILIES: dict[str, Family] = {
         ),
         media.sized,
         media.in_rows,
+        join=media.padded_to_largest,
     ),
     "glm4v": _qwen_family("Glm4v", lambda: _glm("Glm4v", "glm4v_text", "glm4v_vision"), media.glm_video),
     "aria": _family(
@@ -319,7 +320,7 @@ FAMILIES: dict[str, Family] = {
     "aya_vision": _family(
         "AyaVision",
         lambda: config("AyaVision", "cohere2", "siglip_vision_model", SLIDING, image_token_index=IMAGE, **UNTIED),
-        media.square,
+        media.tile,
         media.between_markers,
     ),
     "chameleon": _family("Chameleon", _chameleon, media.square, media.between_markers),
@@ -334,7 +335,7 @@ FAMILIES: dict[str, Family] = {
             alignment_intermediate_size=32,
             **UNTIED,
         ),
-        media.square,
+        media.tile,
         media.between_markers,
     ),
     "deepseek_vl": _family(
@@ -393,9 +394,10 @@ FAMILIES: dict[str, Family] = {
         ),
         media.sized,
         media.in_rows,
+        join=media.padded_to_largest,
     ),
-    "llama4": _family("Llama4", _llama4, media.square, media.between_markers),
-    "ovis2": _family("Ovis2", _ovis2, media.square, lambda count, _: [85, *[IMAGE] * count, 86]),
+    "llama4": _family("Llama4", _llama4, media.tile, media.between_markers),
+    "ovis2": _family("Ovis2", _ovis2, media.tile, lambda count, _: [85, *[IMAGE] * count, 86]),
     "paddleocr_vl": _family(
         "PaddleOCRVL",
         lambda: config(
@@ -416,7 +418,7 @@ FAMILIES: dict[str, Family] = {
     "qianfan_ocr": _family(
         "QianfanOCR",
         lambda: config("QianfanOCR", "qwen3", "qianfan_ocr_vision", None, INTERN_VISION, image_token_id=IMAGE),
-        media.square,
+        media.tile,
         media.between_markers,
     ),
     "qwen3_5": _qwen_family("Qwen3_5", _hybrid_qwen),

@@ -114,8 +114,7 @@ class Session:
     def kept(self) -> list[list[list[int]]]:
         """What each layer of each sample still sees."""
         if self.dense:
-            layers = range(self._model.config.text_config.num_hidden_layers)
-            return [[list(range(self._valid.shape[1])) for _ in layers] for _ in self._valid]
+            return [[list(range(self._valid.shape[1])) for _ in self._evicted] for _ in self._valid]
         return [[list(layer) for layer in oracle.kept] for oracle in self._oracles]
 
     @property

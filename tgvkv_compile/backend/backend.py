@@ -131,6 +131,13 @@ class TgvkvBackend:
         """A copy, pickled or not, is a fresh backend with these options: caches that this one made are not the copy's."""
         return type(self), (self.options,)
 
+    @property
+    def __name__(self) -> str:
+        """`torch.compile` asks for it: the moment to look for model classes that were loaded since this was made."""
+        if self.options.configure_dynamo:
+            dynamo.configure()
+        return "tgvkv"
+
     def __call__(self, gm: GraphModule, example_inputs: list[Any], **unknown: Any) -> Callable[..., Any]:
         """Compiles one graph.
 

@@ -27,6 +27,7 @@ from tgvkv_compile.backend.dynamic_sizes import mark_decoder_inputs, mark_state,
 from tgvkv_compile.backend.merges import MergeWatch
 from tgvkv_compile.backend.options import misplaced
 from tgvkv_compile.backend.origin import mark_behind_cut
+from tgvkv_compile.backend.sliding_windows import lay_out, settle
 from tgvkv_compile.backend.wrappers import whole_graphs
 from tgvkv_compile.errors import ConfigError, UnsupportedGraphError
 from tgvkv_compile.ops.merged import merged
@@ -85,9 +86,9 @@ class Cut:
         return output
 
     def _step(self, module: torch.nn.Module, kwargs: dict[str, Any]) -> Any:
+        lay_out(_cache_of(kwargs), masked=kwargs.get("attention_mask") is not None)
         mark_state(module)
-        with whole_graphs():
-            return self._functions()[0](module, mark_step_inputs(without_cache(_decoder_of(module) or module, kwargs)))
+        return self._run(0, module, mark_step_inputs(without_cache(_decoder_of(module) or module, kwargs)))
 
     def decode(self, decoder: torch.nn.Module, watched: bool, vision: Tensor | None, kwargs: dict[str, Any]) -> Any:
         """Runs the decoder, compiled.
@@ -98,9 +99,15 @@ class Cut:
             vision: bool `[B, N, 1]`; None: nothing.
             kwargs: Of its call.
         """
+        lay_out(_cache_of(kwargs), masked=kwargs.get("attention_mask") is not None)
         vision, kwargs = mark_decoder_inputs(vision, without_cache(decoder, kwargs))
+        return self._run(1, decoder, watched, vision, kwargs)
+
+    def _run(self, function: int, *args: Any) -> Any:
         with whole_graphs():
-            return self._functions()[1](decoder, watched, vision, kwargs)
+            output = self._functions()[function](*args)
+        settle(_cache_of(output))
+        return output
 
     def _functions(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
         with self._lock:
@@ -111,9 +118,14 @@ class Cut:
 
 
 class _Inside:
-    """The backend again, for code behind the cut: traced without one."""
+    """The backend again, for code behind the cut: traced without one.
+
+    Attributes:
+        behind_cut: What it compiles is called by the cut (see `runtime.tracing`).
+    """
 
     takes_handles = True
+    behind_cut = True
 
     def __init__(self, backend: Callable[..., Any]) -> None:
         self._backend = backend
@@ -421,11 +433,18 @@ def _masked_batch(given: dict[str, Any]) -> dict[str, Any]:
     tokens = given.get("input_ids")
     if given.get("attention_mask") is not None or not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.shape[0] == 1:
         return given
-    cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
+    cache = _cache_of(given)
     past = 0 if cache is None else int(cache.get_seq_length())
     if past > 0 and tokens.shape[1] > 1:
         return given
     return {**given, "attention_mask": tokens.new_ones((tokens.shape[0], past + tokens.shape[1]))}
+
+
+def _cache_of(given: Any) -> Any:
+    """The KV cache among the arguments of a call, or in its output; None where there is none."""
+    if not isinstance(given, dict):  # transformers' outputs are dicts
+        return None
+    return next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
 
 
 def _is_vision(name: str) -> bool:
@@ -433,4 +452,6 @@ def _is_vision(name: str) -> bool:
 
 
 def _brings_vision(given: Mapping[str, Any]) -> bool:
-    return any(_is_vision(name) and value is not None for name, value in given.items())
+    """`generate` hands the prompt of a text a dict of encoders' outputs that is empty."""
+    values = (value for name, value in given.items() if _is_vision(name))
+    return any(value is not None and not (isinstance(value, dict) and not value) for value in values)

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from tgvkv_compile.backend.chunk_loops import keep_chunk_loops
 from tgvkv_compile.backend.cut import cut_models
+from tgvkv_compile.backend.sliding_windows import hand_windows_back
 from tgvkv_compile.fx.private import keep_mutations_after_subgraphs, set_for_all_threads, symbolic_shapes_config
 
 log = logging.getLogger("tgvkv_compile")
@@ -69,6 +71,8 @@ def _adjust() -> None:
     """What no flag does. It stays: dynamo knows no way back, and it changes no result."""
     keep_mutations_after_subgraphs()
     cut_models()
+    hand_windows_back()
+    keep_chunk_loops()
     _never_warn()
     masks = sys.modules.get("transformers.masking_utils")  # where it is not loaded, there is no model to compile yet
     fast_all = getattr(masks, "fast_all", None)

@@ -14,7 +14,8 @@ class MergeWatch(TorchFunctionMode):
     """While it is active, follows embeddings from the lookup of the prompt's tokens to what is made of them.
 
     Followed are results of the embeddings' shape `[B, N, hidden]`. Vision is what a `masked_scatter`, a `where` or an
-    assignment by index puts among them; `docs/algorithm.md` calls these places `V`.
+    assignment by index puts among them; `docs/algorithm.md` calls these places `V`. One vector `[hidden]` for every place that
+    it is assigned to is a marker's (ovis2 learns those that stand around its pictures), and markers are text.
     """
 
     def __init__(self) -> None:
@@ -81,13 +82,14 @@ class MergeWatch(TorchFunctionMode):
 
     def _assign(self, args: Any, kwargs: Any, result: Any) -> None:
         embeds, index, values = args
-        if self.knows(embeds) and isinstance(values, Tensor):
+        if self.knows(embeds) and isinstance(values, Tensor) and values.ndim > 1:
             self._put(embeds, _union(self.vision(embeds), _indexed(embeds, index)))
 
     def _index_put(self, args: Any, kwargs: Any, result: Any) -> None:
         embeds, indices = _argument(args, kwargs, 0, "input"), _argument(args, kwargs, 1, "indices")
         if self.knows(embeds):
-            self._put(result, _union(self.vision(embeds), _indexed(embeds, tuple(indices))))
+            marker = _argument(args, kwargs, 2, "values").ndim < 2
+            self._put(result, self.vision(embeds) if marker else _union(self.vision(embeds), _indexed(embeds, tuple(indices))))
 
 
 never_compile(MergeWatch.__torch_function__)

@@ -14,6 +14,7 @@ Checked on torch 2.11.0 and 2.13.0. Each name says what it is used for:
 - `keep_mutations_after_subgraphs` mends dynamo: see there.
 - `mark_static` says what `torch._dynamo.mark_static_address` says, of an input that dynamo has not seen.
 - `make_fx`, `disable_proxy_modes_tracing`: a vision encoder is traced for pictures of one size (`export.vision`).
+- `DynamicInt` is an int that dynamo never takes for a constant (`backend.sliding_windows`).
 - `GraphCompileReason` is what dynamo puts on a graph module as `compile_subgraph_reason`.
 """
 
@@ -32,6 +33,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Node
 from torch.fx.experimental import _config as symbolic_shapes_config
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
+from torch.fx.experimental.sym_node import DynamicInt
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, free_symbols
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._sympy.symbol import SymT, symbol_is_type
@@ -39,6 +41,7 @@ from torch.utils._sympy.symbol import SymT, symbol_is_type
 __all__ = [
     "ConstantSource",
     "DimDynamic",
+    "DynamicInt",
     "FakeTensor",
     "FakeTensorMode",
     "GraphCompileReason",

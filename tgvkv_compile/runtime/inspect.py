@@ -89,7 +89,10 @@ def inspect_cache(cache: Any) -> CacheReport:
     """
     named = (getattr(cache, name, None) for name in CACHE_NAMES)
     layers = next((held.layers for held in (cache, *named) if hasattr(held, "layers")), ())
-    pairs = [(layer.keys, layer.values) for layer in layers if getattr(layer, "keys", None) is not None]
+    holding = [layer for layer in layers if getattr(layer, "keys", None) is not None]
+    # Sliding windows are never compressed, and a report on a compressed cache leaves them out as well.
+    whole = [layer for layer in holding if not getattr(layer, "is_sliding", False)]
+    pairs = [(layer.keys, layer.values) for layer in whole or holding]
     if not pairs:
         raise CacheError(f"inspect_cache() was given {type(cache).__name__}, which holds no keys and values")
     handles = [key for key, _ in pairs if isinstance(key, LogicalKV)]

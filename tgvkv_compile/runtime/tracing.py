@@ -77,6 +77,13 @@ def traced_for_handles() -> bool:
     return traced_backend() is not None
 
 
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def traced_behind_cut() -> bool:
+    """As `traced_for_handles`, for a backend with `behind_cut = True`: the cut before the decoder calls what is traced."""
+    found = traced_backend()
+    return found is not None and getattr(found[0], "behind_cut", False)
+
+
 def never_compile(function: Callable[..., Any]) -> None:
     """Keeps dynamo from compiling `function`, and what it calls, where eager code calls it.
 
