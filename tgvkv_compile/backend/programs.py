@@ -1,7 +1,9 @@
 """What dynamo's compiled frames call: a rewritten graph with the compact cache swapped in for the handles."""
 
+import contextlib
 import logging
-from collections.abc import Callable, Collection, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -74,17 +76,31 @@ class CompiledRewrite:
         first, self._first = self._first, None
         rewrite = first if first is not None else self._rewrite()
         options = self._options
-        lowered = lower_rewritten(
-            rewrite.gm,
-            rewrite.environment,
-            lowering=options.lowering,
-            mode=options.mode,
-            options=options.options,
-            static=self._static,
-        )
-        log.debug("lowered a %s graph (variant %d)", rewrite.plan.kind, len(self._variants) + 1)
+        with _logged(f"{rewrite.plan.kind} graph of {rewrite.plan.num_layers} layers"):
+            lowered = lower_rewritten(
+                rewrite.gm,
+                rewrite.environment,
+                lowering=options.lowering,
+                mode=options.mode,
+                options=options.options,
+                static=self._static,
+            )
         self._variants = (lowered, *self._variants)
         return lowered
+
+
+@contextlib.contextmanager
+def _logged(what: str) -> Iterator[None]:
+    """Logs that a graph is compiled, and how long that took; the command line shows it meanwhile (`cli.compiling`)."""
+    started = time.monotonic()
+    log.info("compiling a %s", what, extra={"compiling": what})
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        word = "compiled" if done else "failed to compile"
+        log.info("%s a %s in %.1f s", word, what, time.monotonic() - started, extra={"compiling": None})
 
 
 def check_gradients(inputs: Sequence[Any]) -> None:

@@ -6,11 +6,13 @@ from typing import Any
 import torch
 import typer
 from PIL import Image
+from rich.console import Console
 from transformers import TextStreamer
 
 from tgvkv_compile.backend.api import compile
 from tgvkv_compile.backend.explain import explain
 from tgvkv_compile.backend.request import blank_image
+from tgvkv_compile.cli.compiling import compiling_shown
 from tgvkv_compile.cli.inputs import Loaded, build_inputs
 from tgvkv_compile.cli.report import cache_lines
 from tgvkv_compile.runtime.inspect import inspect_cache
@@ -38,7 +40,7 @@ def answer(
     model = compile(loaded.model, budget, **options)
     tokenizer = getattr(loaded.processor, "tokenizer", loaded.processor)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    with torch.inference_mode():
+    with torch.inference_mode(), compiling_shown(Console(stderr=True)):
         result = model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
