@@ -102,13 +102,12 @@ def lower_rewritten(
         patches[_GRAPHS] = False
     pieces = cut(gm) if lowering == "inductor" and not patches.get(_GRAPHS) else None
     run: Callable[..., Any]
+    compile_part = functools.partial(_BACKENDS[lowering], patches=patches, fake_mode=environment.fake_mode)
     with torch.no_grad(), enable_torch_function():
         if pieces is not None:
-            run = lower_by_piece(
-                gm, pieces, environment, functools.partial(_inductor, patches=patches, fake_mode=environment.fake_mode)
-            )
+            run = lower_by_piece(gm, pieces, environment, compile_part)
         else:
-            run = _BACKENDS[lowering](gm, [inputs[index] for index in used], patches, environment.fake_mode)
+            run = compile_part(gm, [inputs[index] for index in used])
     if not callable(run):
         raise InternalError(f"lowering={lowering!r} returned {type(run).__name__}, not a callable")
     return Lowered(_with_torch_function(run) if lowering == "eager" else run, environment, inputs, used)
@@ -185,11 +184,11 @@ def _sources() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
-def _aot_eager(gm: GraphModule, inputs: list[Any], _patches: dict[str, Any], _mode: object) -> Callable[..., Any]:
+def _aot_eager(gm: GraphModule, inputs: list[Any], patches: dict[str, Any], fake_mode: object) -> Callable[..., Any]:
     return torch._dynamo.lookup_backend("aot_eager")(gm, inputs)
 
 
-def _eager(gm: GraphModule, _inputs: list[Any], _patches: dict[str, Any], _mode: object) -> Callable[..., Any]:
+def _eager(gm: GraphModule, _inputs: list[Any], patches: dict[str, Any], fake_mode: object) -> Callable[..., Any]:
     return gm.forward
 
 
