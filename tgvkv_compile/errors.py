@@ -55,3 +55,9 @@ class ForeignCacheError(CacheError):
 
 class InternalError(TgvkvError, AssertionError):
     """A pass left a graph that breaks its own contract. A bug of ours; the message names the pass."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,6 +1,10 @@
 """`tgvkv export` and `tgvkv run --onnx` on the embedded model."""
 
+import errno
+import os
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +101,89 @@ def test_folders_that_are_no_export(tmp_path: Path) -> None:
     assert "is a file" in refused("export", "onnx", "--model", model_dir(), "--out", tmp_path / "grey.png")
     assert "no such folder" in refused("export", "onnx", "--model", "./nowhere", "--out", tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture
+def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wrong with the arguments is told before minutes are spent on loading a model."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("tgvkv_compile.cli.inputs.load", fail)
+
+
+@pytest.mark.usefixtures("unloaded")
+def test_folders_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def out(path: Path) -> str:
+        return refused("export", "onnx", "--model", model_dir(), "--out", path)
+
+    (tmp_path / "file").write_text("mine")
+    assert "file is a file; give a folder" in out(tmp_path / "file")
+    assert "file is a file; give a folder" in out(tmp_path / "file" / "new")
+    assert f"no such folder: {tmp_path / 'no'}; --out" in out(tmp_path / "no" / "new")
+    assert "holds files and no export" in out(tmp_path)
+
+    def read_only(**_: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    (tmp_path / "there").mkdir()
+    monkeypatch.setattr("tgvkv_compile.export.staging.tempfile.mkdtemp", read_only)
+    for path in (tmp_path / "there", tmp_path / "new"):
+        assert "cannot be written to: Read-only file system; give another folder" in out(path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "there"] and (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.usefixtures("unloaded")
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_of_somebody_else(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    assert "cannot be written to: Permission denied" in refused(
+        "export", "onnx", "--model", model_dir(), "--out", tmp_path / "new"
+    )
+
+
+@pytest.mark.usefixtures("unloaded")
+def test_a_dtype_that_engines_lack(tmp_path: Path) -> None:
+    said = refused("export", "onnx", "--model", model_dir(), "--out", tmp_path / "new", "--dtype", "bfloat16")
+    assert "--dtype bfloat16: weights in bfloat16 cannot be exported: ONNX has no convolution in it" in said
+
+
+def test_weights_in_a_dtype_that_engines_lack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tgvkv_compile.cli import inputs
+
+    def load(name: str, **_: Any) -> Any:
+        return real(name, dtype="bfloat16")
+
+    real = inputs.load
+    monkeypatch.setattr(inputs, "load", load)
+    said = refused("export", "onnx", "--model", model_dir(), "--out", tmp_path / "new", "--dtype", "auto")
+    assert "weights in bfloat16 cannot be exported" in said and not (tmp_path / "new").exists()
+
+
+BROKEN: dict[str, Callable[[Path], object]] = {
+    "prefill.onnx": lambda folder: (folder / "prefill.onnx").write_bytes((folder / "prefill.onnx").read_bytes()[:1000]),
+    "weights.data": lambda folder: (folder / "weights.data").unlink(),
+    "manifest.json": lambda folder: (folder / "manifest.json").write_text("{"),
+    "processor": lambda folder: (folder / "processor" / "tokenizer.json").write_text("{"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_exports(name: str, engines: Path, tmp_path: Path, question: Question) -> None:
+    broken = Path(shutil.copytree(engines, tmp_path / "engines"))
+    BROKEN[name](broken)
+    picture = engines.parent / "digits.png"
+    done = tgvkv("run", "--onnx", broken, "--image", picture, "--prompt", question.prompt, cwd=tmp_path)
+    assert done.code == 2 and done.out == ""
+    (line,) = done.err.splitlines()
+    assert line.startswith("tgvkv: ") and name in line
+
+
+def test_a_manifest_in_the_place_of_its_folder(engines: Path) -> None:
+    picture = engines.parent / "digits.png"
+    said = refused("run", "--onnx", engines / "manifest.json", "--image", picture, "--prompt", "digits on red ?")
+    assert "manifest.json is a file; give the folder" in said
 
 
 def test_without_tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

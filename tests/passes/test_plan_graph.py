@@ -17,6 +17,7 @@ from tests.passes.decoder import (
     pasts,
     softcapped,
     tokens,
+    written_out,
 )
 from tgvkv_compile.pipeline import plan_of
 from tgvkv_compile.plan import Plan
@@ -61,6 +62,21 @@ def test_embeddings_without_tokens_are_a_miss() -> None:
     assert plan.kind == "dense" and "handed embeddings, not tokens" in plan.misses[0].reason
     plan, _ = planned(model, torch.randn(1, 1, 16), None, full_cache(7))
     assert (plan.kind, plan.misses) == ("dense", ())  # goes on with a cache that was not compressed
+
+
+def test_a_later_turn_whose_order_attention_does_not_keep_is_a_miss() -> None:
+    """The rewritten turn is causal where there is no mask."""
+    for attend, ids, picture in ((unmasked, tokens()[:, :6], None), (written_out, tokens(), features())):
+        model = Decoder(attend)
+        plan, _ = planned(model, ids, picture, full_cache(7), compressed=True)
+        assert plan.kind == "dense" and len(plan.misses) == 2
+        assert all("without a mask and not causally" in miss.reason for miss in plan.misses)
+        plan, _ = planned(model, ids[:, :1], None, full_cache(7), compressed=True)
+        assert (plan.kind, plan.misses) == ("decode", ())  # one token sees all there is
+
+
+def unmasked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, layer: Layer) -> torch.Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=layer.scale, enable_gqa=True)
 
 
 class _CrossLayer(Layer):

@@ -188,13 +188,14 @@ def _refuse_beside_onnx(context: typer.Context) -> None:
 
 def _export(target: Literal["onnx", "tensorrt"], **given: Any) -> None:
     with told_plainly():
-        from tgvkv_compile.cli.export import check_folder, export
+        from tgvkv_compile.cli.export import check_folder, check_weights, export
         from tgvkv_compile.cli.inputs import check_prompt, load, parse_budget, read_images
 
         kept = parse_budget(given.pop("budget"))
         prompt, out = given.pop("prompt"), given.pop("out")
         check_prompt(prompt)
         check_folder(out)
+        check_weights(given["dtype"])
         images = read_images(given.pop("image") or [])
         if target == "tensorrt":
             from tgvkv_compile.export.tensorrt_engines import torch_tensorrt_module

@@ -17,21 +17,38 @@ from transformers import AutoProcessor
 
 from tgvkv_compile.backend.request import blank_image
 from tgvkv_compile.cli.inputs import Loaded, build_inputs, quiet_transformers
-from tgvkv_compile.cli.problems import CommandError, first_line
+from tgvkv_compile.cli.problems import CommandError
 from tgvkv_compile.cli.report import size
+from tgvkv_compile.errors import ConfigError, first_line
 from tgvkv_compile.export import Manifest, OnnxGenerator, export_onnx, export_tensorrt, trtexec_commands
 from tgvkv_compile.export.manifest import MANIFEST
+from tgvkv_compile.export.staging import output_folder
+from tgvkv_compile.export.suitable import check_dtype
 
 PROCESSOR = "processor"
 _EXPORTERS: dict[str, Callable[..., Manifest]] = {"onnx": export_onnx, "tensorrt": export_tensorrt}
 
 
 def check_folder(out: Path) -> None:
-    """Raises [`CommandError`][] for a folder that holds something else than an earlier export."""
-    if out.exists() and not out.is_dir():
-        raise CommandError(f"--out {out} is a file; give a folder")
+    """Raises [`CommandError`][] for a folder that cannot be made or written to, or holds something else than an export."""
+    if not out.absolute().parent.exists():
+        raise CommandError(f"no such folder: {out.parent}; --out {out} makes one folder in a folder that is there")
+    try:
+        output_folder(out)
+    except ConfigError as error:
+        raise CommandError(f"--out {str(error).removeprefix('directory=')}") from None
     if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file():
         raise CommandError(f"--out {out} holds files and no export; give an empty folder, or a new one")
+
+
+def check_weights(dtype: str) -> None:
+    """Raises [`CommandError`][] for a `--dtype` that no engine can be made in."""
+    if dtype == "auto":
+        return
+    try:
+        check_dtype(getattr(torch, dtype))
+    except ConfigError as error:
+        raise CommandError(f"--dtype {dtype}: {error}") from None
 
 
 def export(

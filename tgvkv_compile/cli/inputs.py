@@ -14,9 +14,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
 from tgvkv_compile.backend.request import request_of
-from tgvkv_compile.cli.problems import CommandError, first_line
+from tgvkv_compile.cli.problems import CommandError
 from tgvkv_compile.config import EvictionConfig
-from tgvkv_compile.errors import ConfigError
+from tgvkv_compile.errors import ConfigError, first_line
 
 
 @dataclasses.dataclass(frozen=True)

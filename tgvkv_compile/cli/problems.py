@@ -23,9 +23,3 @@ def told_plainly() -> Iterator[None]:
         text = str(error)
         typer.echo(text if text.startswith("tgvkv:") else f"tgvkv: {text}", err=True)
         raise typer.Exit(USAGE_ERROR) from None
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message; its type where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tgvkv_compile.config import check_count
 from tgvkv_compile.export.families import IDS, MASK, POSITIONS
 
 _LEAST_ROWS = 2  # torch.export treats lengths of 0 and 1 apart
@@ -25,6 +26,11 @@ class PromptLengths:
     multiple: int
     least: int
     most: int
+
+    def __post_init__(self) -> None:
+        check_count("multiple", self.multiple, minimum=1)
+        check_count("least", self.least, minimum=1)
+        check_count("most", self.most, minimum=self.least)
 
     @classmethod
     def up_to(cls, max_prompt: int, blocks: int, *, fixed: bool) -> "PromptLengths":

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
+from tgvkv_compile.config import check_count
 from tgvkv_compile.errors import ConfigError
 from tgvkv_compile.export.budget_plan import BudgetPlan
 from tgvkv_compile.export.lengths import PromptLengths
+from tgvkv_compile.export.records import read_json, record_of
 
 MANIFEST = "manifest.json"
 PROMPT = "prompt"
@@ -82,6 +84,10 @@ class Manifest:
     versions: dict[str, str]
     vision: Engine | None = None
 
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("max_question", 1), ("vision_tokens", 0), ("position_rows", 0), ("merge", 1)):
+            check_count(name, getattr(self, name), minimum=least)
+
     @property
     def engines(self) -> dict[str, Engine]:
         """Those that there are, by name: `prefill`, `decode`, and `vision` for some families."""
@@ -118,35 +124,42 @@ class Manifest:
         """Reads what `write` wrote.
 
         Raises:
-            ConfigError: There is none, or it is not of this version.
+            ConfigError: There is none, it is not of this version, or what it says cannot be.
         """
         path = folder / MANIFEST
-        try:
-            read: Any = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"there is no {path}; give the folder that export_onnx or export_tensorrt wrote") from None
-        except ValueError as error:
-            raise ConfigError(f"{path} is not JSON ({error}); export the model again") from None
+        read = read_json(path, written_by="export_onnx or export_tensorrt")
         if not isinstance(read, dict) or read.pop("format", None) != _FORMAT:
             raise ConfigError(f"{path} is not of the format {_FORMAT!r}; export the model again with this version")
         try:
-            read["plan"] = BudgetPlan.from_json(json.dumps(read["plan"]))
-            read["prompt_lengths"] = PromptLengths(**read["prompt_lengths"])
-            for name in ("prefill", "decode", "vision"):
-                read[name] = None if read[name] is None else _engine(read[name])
-            for name in ("vision_token_ids", "eos_token_ids"):
-                read[name] = tuple(read[name])
-            return cls(**read)
-        except (KeyError, TypeError) as error:
-            raise ConfigError(f"{path} lacks, or has too many, fields ({error}); export the model again") from None
+            plan = BudgetPlan.from_json(json.dumps(read.pop("plan", None)))
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+        manifest = record_of(cls, read, str(path), {"plan": plan})
+        wrong = manifest._contradiction()
+        if wrong is not None:
+            raise ConfigError(f"{path}: {wrong}; export the model again")
+        return manifest
+
+    def _contradiction(self) -> str | None:
+        """What does not go together, or cannot be; None where all of it can."""
+        for name, engine in self.engines.items():
+            if not engine.file or Path(engine.file).name != engine.file:
+                return f"{name} has file={engine.file!r}, which names no file in this folder"
+            for spec in (*engine.inputs, *engine.outputs):
+                if not isinstance(getattr(torch, spec.dtype, None), torch.dtype):
+                    return f"{spec.name} of {name} has dtype={spec.dtype!r}, which is none"
+        taken = [spec.name for spec in self.decode.inputs]
+        keys = [name for name in taken if name.startswith("key_")]
+        if len(keys) != self.plan.num_layers:
+            return f"decode takes keys of {len(keys)} layers, the plan has capacities for {self.plan.num_layers}"
+        for layer, capacity in enumerate(self.plan.capacities):
+            slots = next(
+                (spec.shape[2] for spec in self.decode.inputs if spec.name == f"key_{layer}" and len(spec.shape) == 4), None
+            )
+            if slots != capacity:
+                return f"key_{layer} of decode has {slots} slots, the plan has {capacity}"
+        return None
 
 
 def _bytes(spec: TensorSpec) -> int:
     return math.prod(int(length) for length in spec.shape) * int(getattr(torch, spec.dtype).itemsize)
-
-
-def _engine(read: dict[str, Any]) -> Engine:
-    def specs(listed: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
-        return tuple(TensorSpec(entry["name"], tuple(entry["shape"]), entry["dtype"]) for entry in listed)
-
-    return Engine(read["file"], specs(read["inputs"]), specs(read["outputs"]))

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tgvkv_compile.errors import ConfigError, UnsupportedGraphError
+from tgvkv_compile.errors import ConfigError, UnsupportedGraphError, first_line
 from tgvkv_compile.export.manifest import Engine, Manifest
 from tgvkv_compile.export.program import Say, export_program
 from tgvkv_compile.export.shared_weights import share_weights
@@ -58,7 +58,7 @@ def export_onnx(
             engines[name] = dataclasses.replace(engine, file=file)
         share_weights(staging, [engine.file for engine in engines.values()])
         for engine in engines.values():
-            onnx.checker.check_model(str(staging / engine.file), full_check=True)
+            _check(onnx, staging / engine.file)
         manifest = dataclasses.replace(manifest, **engines)
         manifest.write(staging)
     return manifest
@@ -81,11 +81,18 @@ def write_onnx(program: torch.export.ExportedProgram, engine: Engine, path: Path
             verbose=False,
         )
     except torch.onnx.errors.OnnxExporterError as error:
-        raise UnsupportedGraphError(f"torch.onnx cannot write {path.name}: {error}") from error
+        raise UnsupportedGraphError(f"torch.onnx cannot write {path.name}: {first_line(error)}") from error
     assert made is not None
     for node in made.model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces: larger than the graph, with the paths of this machine
     made.save(str(path), external_data=True)
+
+
+def _check(onnx: Any, path: Path) -> None:
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise UnsupportedGraphError(f"torch.onnx wrote a {path.name} that is not valid: {first_line(error)}") from error
 
 
 def _onnx() -> Any:

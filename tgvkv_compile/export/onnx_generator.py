@@ -8,10 +8,11 @@ import numpy
 import torch
 from torch import Tensor
 
-from tgvkv_compile.errors import ConfigError
+from tgvkv_compile.errors import ConfigError, first_line
 from tgvkv_compile.export.families import PIXELS
 from tgvkv_compile.export.generator import Generator
-from tgvkv_compile.export.manifest import TensorSpec
+from tgvkv_compile.export.manifest import MANIFEST, Engine, TensorSpec
+from tgvkv_compile.export.shared_weights import WEIGHTS
 
 _CPU = ("CPUExecutionProvider",)
 _PING_PONG = ("protect_from", "lengths")  # a step still reads them after it has written their successors
@@ -33,7 +34,7 @@ class OnnxGenerator(Generator):
             session_options: `onnxruntime.SessionOptions`, for its threads and the like.
 
         Raises:
-            ConfigError: There is no export in it, ONNX Runtime is not installed, or lacks a provider.
+            ConfigError: There is no export in it, or a broken one; ONNX Runtime is not installed, or lacks a provider.
         """
         super().__init__(directory)
         self._runtime = runtime = _onnxruntime()
@@ -41,12 +42,13 @@ class OnnxGenerator(Generator):
         if lacking:
             raise ConfigError(f"ONNX Runtime has no {', '.join(lacking)} here; it has {runtime.get_available_providers()}")
         self._device = "cuda" if providers[0].startswith(("CUDA", "Tensorrt")) else "cpu"
-        files = [engine.file for engine in self.manifest.engines.values()]
-        missing = [file for file in files if not (self.folder / file).is_file()]
+        engines = self.manifest.engines.values()
+        missing = [engine.file for engine in engines if not (self.folder / engine.file).is_file()]
         if missing:
             raise ConfigError(f"{self.folder} lacks {', '.join(missing)}; export the model again")
+        options = session_options or _quiet(runtime)
         self._prefill, self._decode, *self._vision = (
-            runtime.InferenceSession(str(self.folder / file), session_options, providers=list(providers)) for file in files
+            _session(runtime, self.folder / engine.file, engine, options, list(providers)) for engine in engines
         )
         self._state: dict[str, Any] = {}
         self._steps: list[Any] = []
@@ -108,6 +110,47 @@ class OnnxGenerator(Generator):
     def cache_bytes(self) -> int:
         """What the buffers of the cache hold, all of them: 0 before a prefill."""
         return sum(value.tensor_size_in_bytes() for value in self._state.values())
+
+
+def _quiet(runtime: Any) -> Any:
+    """Options without what a session logs of an error beside raising it."""
+    options = runtime.SessionOptions()
+    options.log_severity_level = 4
+    return options
+
+
+def _session(runtime: Any, path: Path, engine: Engine, options: Any, providers: list[str]) -> Any:
+    try:
+        session = runtime.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # ONNX Runtime has a class for each kind, and no common one
+        lacking = "" if (path.parent / WEIGHTS).is_file() else f"{path.parent} lacks {WEIGHTS}; "
+        raise ConfigError(f"{lacking}ONNX Runtime cannot load {path}: {first_line(error)}; export the model again") from error
+    for what, found, specs in (
+        ("inputs", session.get_inputs(), engine.inputs),
+        ("outputs", session.get_outputs(), engine.outputs),
+    ):
+        here = {each.name: each for each in found}
+        named = {spec.name: spec for spec in specs}
+        odd = sorted(here.keys() ^ named.keys()) or [name for name, spec in named.items() if not _is_of(here[name], spec)]
+        if odd:
+            raise ConfigError(
+                f"{path} is not the engine that {MANIFEST} beside it describes: {what} differ in {', '.join(odd[:3])}"
+                f"{', ...' if len(odd) > 3 else ''}; export the model again"
+            )
+    return session
+
+
+def _is_of(found: Any, spec: TensorSpec) -> bool:
+    """Whether an input or output has the dtype and, where both know them, the sizes that the manifest says."""
+    sizes = zip(found.shape, spec.shape, strict=False)
+    fits = len(found.shape) == len(spec.shape) and all(
+        here == there for here, there in sizes if isinstance(here, int) and isinstance(there, int)
+    )
+    return fits and found.type == f"tensor({_TYPES.get(spec.dtype, spec.dtype)})"
+
+
+_TYPES = {"float32": "float", "float64": "double"}
+"""ONNX Runtime's names of dtypes, where they are not torch's."""
 
 
 def _numpy(tensor: Tensor) -> Any:

@@ -19,6 +19,7 @@ from tgvkv_compile.export.families import IDS, MASK, PIXELS, Family, constants_o
 from tgvkv_compile.export.lengths import PromptLengths, prompt_dim, question_lengths
 from tgvkv_compile.export.manifest import PROMPT, Engine, Manifest, TensorSpec
 from tgvkv_compile.export.rewritten import exported, rewrite_decode, rewrite_prefill
+from tgvkv_compile.export.suitable import check_dtypes, check_implementation
 from tgvkv_compile.export.traced import traced_decode, traced_prefill
 from tgvkv_compile.export.vision import traced_vision
 from tgvkv_compile.fx.meta import fake_tensor, output_nodes
@@ -105,7 +106,7 @@ def export_program(
         The programs; unpacks into prefill and decode.
 
     Raises:
-        ConfigError: An option is out of range, or a sample lacks something.
+        ConfigError: An option is out of range, a sample lacks something, or engines lack the weights' dtype or the attention.
         UnsupportedGraphError: The model cannot be exported.
     """
     say = say or (lambda _: None)
@@ -113,6 +114,8 @@ def export_program(
     if model.training:
         raise ConfigError(f"{type(model).__name__} is in training mode; call model.eval() first")
     family = family_of(model)
+    check_dtypes(model)
+    check_implementation(model)
     samples = [sample_inputs] if isinstance(sample_inputs, Mapping) else list(sample_inputs)
     if plan is None:
         say("calibrating: what the layers want of the samples")

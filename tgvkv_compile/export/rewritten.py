@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from tgvkv_compile.errors import UnsupportedGraphError
+from tgvkv_compile.errors import UnsupportedGraphError, first_line
 from tgvkv_compile.export.budget_plan import BudgetPlan
 from tgvkv_compile.export.families import MASK
+from tgvkv_compile.export.suitable import check_causal, check_sees_all
 from tgvkv_compile.fx.environment import Environment
 from tgvkv_compile.fx.meta import fake_tensor
 from tgvkv_compile.fx.verify import verify
-from tgvkv_compile.ops.graph_masks import visible
 from tgvkv_compile.passes.drop_assertions import drop_assertions
 from tgvkv_compile.passes.drop_empty_pasts import drop_empty_pasts
 from tgvkv_compile.passes.find_additions import find_additions
@@ -136,6 +136,7 @@ def rewrite_decode(gm: GraphModule, inputs: Sequence[Tensor], plan: BudgetPlan) 
     pasts = [node.name for node in gm.graph.find_nodes(op="placeholder") if node.name.startswith("past_")]
     found = plan_of(gm, frozenset(pasts))
     _check(found, "decode", plan.num_layers)
+    check_sees_all(gm, found, inputs)
     state = _empty_state(found, plan)
     fake: dict[str, Tensor] = {name: environment.fake_mode.from_tensor(value) for name, value in state.items()}
     _run("decode", Rewrite(gm, found, plan, state=fake), environment)
@@ -183,48 +184,6 @@ def _empty_state(found: Plan, plan: BudgetPlan) -> dict[str, Tensor]:
     return dict(zip(state_names(plan.num_layers), made, strict=True))
 
 
-def check_causal(gm: GraphModule, found: Plan, inputs: Sequence[Tensor]) -> None:
-    """Raises unless every layer sees the valid tokens up to itself, and no others: what the rewritten attention computes.
-
-    The masks are evaluated, on the example inputs and with a token of padding.
-
-    Raises:
-        UnsupportedGraphError: A layer has another mask (a sliding window, bidirectional images, ...).
-    """
-    names = [node.name for node in gm.graph.find_nodes(op="placeholder")]
-    masks = list(dict.fromkeys(site.mask for site in found.sites if site.mask is not None))
-    if not masks:
-        return
-    of_masks = _graph_of(gm, masks)
-    given = dict(zip(names, inputs, strict=True))
-    padded = given[MASK].clone()
-    padded[:, 0] = 0
-    for attention_mask in (given[MASK], padded):
-        valid = attention_mask != 0
-        length = valid.shape[1]
-        expected = torch.ones((length, length), dtype=torch.bool, device=valid.device).tril() & valid[:, None, None]
-        with torch.no_grad():
-            computed = of_masks(*{**given, MASK: attention_mask}.values())
-        for node, mask in zip(masks, computed, strict=True):
-            if not torch.equal(
-                (visible(mask) & valid[:, None, :, None]).expand_as(expected), expected & valid[:, None, :, None]
-            ):
-                raise UnsupportedGraphError(
-                    f"the attention mask %{node.name} is not the causal one: this export knows causal attention alone. "
-                    "torch.compile with tgvkv_backend takes other masks"
-                )
-
-
-def _graph_of(gm: GraphModule, nodes: list[Node]) -> GraphModule:
-    """The part of the graph that these nodes are computed by."""
-    graph = torch.fx.Graph()
-    copies: dict[Node, Node] = {}
-    graph.graph_copy(gm.graph, copies)
-    graph.output(tuple(copies[node] for node in nodes))
-    graph.eliminate_dead_code()
-    return GraphModule(gm, graph)
-
-
 def exported(
     gm: GraphModule, inputs: Sequence[Tensor], shapes: Sequence[dict[int, Any] | None] | None
 ) -> torch.export.ExportedProgram:
@@ -239,4 +198,4 @@ def exported(
                 gm, tuple(inputs), dynamic_shapes=None if shapes is None else tuple(shapes), strict=False
             )
     except Exception as error:  # torch.export has no common class of errors
-        raise UnsupportedGraphError(f"torch.export cannot trace the rewritten graph: {error}") from error
+        raise UnsupportedGraphError(f"torch.export cannot trace the rewritten graph: {first_line(error)}") from error

@@ -10,11 +10,25 @@ from tgvkv_compile.errors import ConfigError
 
 
 def output_folder(directory: str | Path) -> Path:
-    """Where to write; raises [`ConfigError`][] for a file."""
+    """Where to write, once it is known that something can be written there.
+
+    Raises:
+        ConfigError: It, or a folder above it, is a file, or cannot be written to.
+    """
     folder = Path(directory)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"directory={str(directory)!r} is a file; give a folder to write to")
+    try:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise ConfigError(f"directory={str(directory)!r}: {there} is a file; give a folder to write to")
+        Path(tempfile.mkdtemp(prefix=_STAGING, dir=there)).rmdir()  # permissions do not tell: a file system may be read-only
+    except OSError as error:
+        raise ConfigError(
+            f"directory={str(directory)!r} cannot be written to: {error.strerror or type(error).__name__}; give another folder"
+        ) from None
     return folder
+
+
+_STAGING = ".export-"
 
 
 @contextlib.contextmanager
@@ -25,7 +39,7 @@ def staged(folder: Path) -> Iterator[Path]:
     """
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".export-", dir=folder))
+    staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder))
     try:
         yield staging
         for path in staging.iterdir():

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tgvkv_compile.errors import ConfigError, UnsupportedGraphError
+from tgvkv_compile.errors import ConfigError, UnsupportedGraphError, first_line
 from tgvkv_compile.export.manifest import PROMPT, Engine, Manifest
 from tgvkv_compile.export.program import Say, export_program
 from tgvkv_compile.export.staging import output_folder, staged
@@ -63,7 +63,7 @@ def export_tensorrt(
                     getattr(programs, name), arg_inputs=list(getattr(programs, f"{name}_inputs")), **settings
                 )
             except Exception as error:  # Torch-TensorRT has no common class of errors
-                raise UnsupportedGraphError(f"Torch-TensorRT cannot build {name}{ENGINE}: {error}") from error
+                raise UnsupportedGraphError(f"Torch-TensorRT cannot build {name}{ENGINE}: {first_line(error)}") from error
             (staging / f"{name}{ENGINE}").write_bytes(serialized)
             built[name] = dataclasses.replace(engine, file=f"{name}{ENGINE}")
         manifest = dataclasses.replace(programs.manifest, **built)
@@ -81,7 +81,7 @@ def torch_tensorrt_module() -> Any:
         import torch_tensorrt
     except (ImportError, OSError) as error:  # the wheel without TensorRT's libraries fails either way
         raise ConfigError(
-            f"TensorRT engines need torch-tensorrt and TensorRT ({str(error).splitlines()[0]}): pip install torch-tensorrt "
+            f"TensorRT engines need torch-tensorrt and TensorRT ({first_line(error)}): pip install torch-tensorrt "
             "tensorrt, on a machine with an NVIDIA GPU. Files for other runtimes: export_onnx"
         ) from error
     return torch_tensorrt

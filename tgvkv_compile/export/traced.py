@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from tgvkv_compile.errors import UnsupportedGraphError
+from tgvkv_compile.errors import UnsupportedGraphError, first_line
 from tgvkv_compile.export.families import FEATURES, IDS, MASK, PIXELS, POSITIONS, Family, features_given
 from tgvkv_compile.ops.roles import prefix_count
 from tgvkv_compile.passes.drop_assertions import drop_assertions
@@ -130,7 +130,7 @@ def _traced(module: torch.nn.Module, inputs: tuple[Tensor, ...], shapes: Any, na
             drop_assertions(program.graph_module)  # torch 2.11 cannot trace them a second time
             program = program.run_decompositions({})  # nothing is written in place any more
     except Exception as error:  # torch.export has no common class of errors for what it cannot trace
-        raise UnsupportedGraphError(f"torch.export cannot trace this model: {error}") from error
+        raise UnsupportedGraphError(f"torch.export cannot trace this model: {first_line(error)}") from error
     unlifted = program.module()
     assert isinstance(unlifted, GraphModule)
     graph = unlifted.graph

@@ -79,6 +79,8 @@ def plan_graph(
     problems += [_unexpected(name) for name in sorted(compressed - pasts)]
     if modality is not None and pasts and any(append.past is None for append in appends):
         problems.append(_at(appends[0], "some layers of the cache are in use and some are empty"))
+    if pasts:
+        problems += _orderless(sites)
     if handles and pasts != handles:
         problems.append(_at(appends[0], "some layers of the cache are compressed and some are not"))
     if problems:
@@ -108,6 +110,16 @@ def _unexpected(placeholder: str) -> Miss:
         "took the decoder apart, TORCH_LOGS=graph_breaks tells where"
     )
     return Miss(placeholder, "placeholder", reason, "(an input of the graph)")
+
+
+def _orderless(sites: tuple[AttentionSite, ...]) -> list[Miss]:
+    """Later turns of several tokens whose order attention does not keep: every one would see those after it."""
+    reason = "several tokens attend to a cache without a mask and not causally; what is read later must not be seen earlier"
+    return [
+        Miss(site.node.name, target_name(site.node), reason, source_line(site.node))
+        for site in sites
+        if site.mask is None and site.mask_function is None and not site.is_causal and fake_tensor(site.query).shape[2] != 1
+    ]
 
 
 def _crossing(appends: tuple[KVAppend, ...]) -> tuple[Miss, ...]:
