@@ -106,7 +106,18 @@ def test_one_graph_for_every_prompt(name: str, monkeypatch: pytest.MonkeyPatch) 
     assert process.graphs() == {**graphs, "dense": sum(graphs.values())}
     process.generate(*BATCHES, *([VIDEO_BATCH] if record["video"] else []))
     process.generate(SINGLE[3])
-    assert of_decoder(process.graphs()) == {kind: 2 * count for kind, count in graphs.items()}
+    assert of_decoder(process.graphs()) == times(2, graphs)
+    # Where positions are left to the model, they are no input of the decoder, or one of another shape.
+    process.call(SINGLE[0], SINGLE[2], *videos[1:])
+    process.call(SINGLE[1], SINGLE[3], give_mask=True)
+    assert of_decoder(process.graphs()) == times(3, graphs)
+    process.call(BATCHES[0], BATCHES[1], steps=0, give_mask=True)  # positions of a padded step must be given
+    process.call(BATCHES[2])
+    assert of_decoder(process.graphs()) == times(4, graphs)
+
+
+def times(factor: int, graphs: dict[str, int]) -> dict[str, int]:
+    return {kind: factor * count for kind, count in graphs.items()}
 
 
 @pytest.mark.slow

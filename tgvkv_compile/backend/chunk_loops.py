@@ -45,8 +45,13 @@ def _as_operation(rule: Callable[..., Any], where: str) -> Callable[..., Any]:
     ) -> Any:
         given = (query, key, value, g, beta)
         # What else there is are options of the whole decoder, which the function ignores, or lengths of packed sequences.
-        plain = output_final_state and not any(isinstance(option, Tensor) for option in further.values())
-        if plain and torch.compiler.is_dynamo_compiling() and not torch.is_grad_enabled() and traced_behind_cut():
+        if (
+            torch.compiler.is_dynamo_compiling()
+            and traced_behind_cut()
+            and output_final_state
+            and not torch.is_grad_enabled()
+            and not any(isinstance(option, Tensor) for option in further.values())
+        ):
             return _gated_delta_rule(*given, initial_state, chunk_size, use_qk_l2norm_in_kernel, where)
         options = {"output_final_state": output_final_state, "use_qk_l2norm_in_kernel": use_qk_l2norm_in_kernel}
         return rule(*given, chunk_size=chunk_size, initial_state=initial_state, **options, **further)

@@ -31,7 +31,7 @@ from tgvkv_compile.backend.sliding_windows import lay_out, settle
 from tgvkv_compile.backend.wrappers import whole_graphs
 from tgvkv_compile.errors import ConfigError, UnsupportedGraphError
 from tgvkv_compile.ops.merged import merged
-from tgvkv_compile.runtime.inspect import CACHE_NAMES
+from tgvkv_compile.runtime.inspect import CACHE_NAMES, compact_of
 from tgvkv_compile.runtime.tracing import (
     active_backend,
     active_is_one_graph,
@@ -73,7 +73,7 @@ class Cut:
         encoded = _brings_vision(given)
         decoder = _decoder_of(module)
         if decoder is not None and "attention_mask" in _names(forward):
-            given = _masked_batch(given)
+            given = _usual_mask(module, given)
             args, kwargs = (), given
         if decoder is None or (_length(given) == 1 and not encoded) or (decoder is module and not encoded):
             return self._step(module, given if encoded else _without_vision(module, decoder, given))
@@ -83,6 +83,7 @@ class Cut:
         with call:
             output = forward(module, *args, **kwargs)
         call.check_reached(module)
+        _note_padding(_cache_of(output), given)
         return output
 
     def _step(self, module: torch.nn.Module, kwargs: dict[str, Any]) -> Any:
@@ -425,19 +426,45 @@ def _of_encoders(classes: frozenset[type[Any]]) -> frozenset[str]:
     return frozenset(name for method in methods for name in _names(method))
 
 
-def _masked_batch(given: dict[str, Any]) -> dict[str, Any]:
-    """With a mask for a batch that has none, in prompts and steps: `generate` leaves out one that masks nothing.
+def _usual_mask(module: torch.nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+    """With the mask that `generate` would give, in prompts and steps: none for one sample without padding.
 
-    A batch that happens to need no padding is then the same graph as any other.
+    For a batch it is the other way round: `generate` leaves out a mask that masks nothing, and a batch that happens to need no
+    padding is to be the same graph as any other.
     """
-    tokens = given.get("input_ids")
-    if given.get("attention_mask") is not None or not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.shape[0] == 1:
+    tokens, mask = given.get("input_ids"), given.get("attention_mask")
+    if not isinstance(tokens, Tensor) or tokens.ndim != 2:
         return given
     cache = _cache_of(given)
     past = 0 if cache is None else int(cache.get_seq_length())
-    if past > 0 and tokens.shape[1] > 1:
+    length = past + tokens.shape[1]
+    if tokens.shape[0] == 1:
+        whole = isinstance(mask, Tensor) and mask.shape == (1, length) and _masks_nothing(mask, given, tokens.shape[1])
+        return {name: value for name, value in given.items() if name != "attention_mask"} if whole else given
+    # Models that find positions themselves find those of all tokens in a step with a mask, where they are not given.
+    finds_positions = given.get("position_ids") is None and hasattr(getattr(module, "base_model", module), "get_rope_index")
+    if mask is not None or (past > 0 and (tokens.shape[1] > 1 or finds_positions)):
         return given
-    return {**given, "attention_mask": tokens.new_ones((tokens.shape[0], past + tokens.shape[1]))}
+    return {**given, "attention_mask": tokens.new_ones((tokens.shape[0], length))}
+
+
+def _masks_nothing(mask: Tensor, given: Mapping[str, Any], count: int) -> bool:
+    """Whether a mask of one sample may be left out. It is read with a prompt or a turn, which waits for the device anyway."""
+    cache = _cache_of(given)
+    if count == 1:
+        compact = compact_of(cache)
+        return compact is not None and compact.unpadded
+    # transformers takes positions without mask and cache for those of several sequences, one behind the other.
+    packed = cache is None and given.get("position_ids") is not None
+    return not packed and bool(mask.all())
+
+
+def _note_padding(cache: Any, given: Mapping[str, Any]) -> None:
+    """Notes whether a call of several tokens has left a cache of one sample without padding."""
+    compact, tokens = compact_of(cache), given.get("input_ids")
+    if compact is not None and isinstance(tokens, Tensor):
+        first = compact.logical_length == tokens.shape[1]
+        compact.unpadded = given.get("attention_mask") is None and (first or compact.unpadded)
 
 
 def _cache_of(given: Any) -> Any:

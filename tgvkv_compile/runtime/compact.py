@@ -101,6 +101,7 @@ class CompactCache:
         broken: Why the contents are not to be trusted, or None.
         steps: Calls that have updated it since it was made.
         padded_turns: Whether a later turn brought padding (then `crop` is refused).
+        unpadded: Whether it is known that no token in it is padding.
     """
 
     def __init__(
@@ -123,6 +124,7 @@ class CompactCache:
         self.reserve = reserve
         self.broken: str | None = None
         self.padded_turns = False
+        self.unpadded = False
         self.steps = 0
         self._derived: dict[_Key, _Derived] = {}
 
@@ -241,7 +243,7 @@ class CompactCache:
             reserve=self.reserve,
             room=self.room,
         )
-        other.padded_turns = self.padded_turns
+        other.padded_turns, other.unpadded = self.padded_turns, self.unpadded
         return other
 
     def _derive(self, key: _Key, make: Callable[[], "CompactCache"]) -> "CompactCache":

@@ -74,6 +74,12 @@ CACHE_NAMES = ("cache", "past_key_values")
 """What transformers calls the KV cache of a call and of its output, since 5.24 and before."""
 
 
+def compact_of(cache: Any) -> CompactCache | None:
+    """What is behind the handles of a KV cache; None where it holds none."""
+    keys = (getattr(layer, "keys", None) for layer in getattr(cache, "layers", ()))
+    return next((key.compact for key in keys if isinstance(key, LogicalKV)), None)
+
+
 def inspect_cache(cache: Any) -> CacheReport:
     """Looks into a KV cache.
 
