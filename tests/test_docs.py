@@ -22,6 +22,6 @@ def test_a_generated_page_is_up_to_date(page: str) -> None:
 
 def test_every_family_of_the_table_is_in_the_record() -> None:
     record = json.loads((DOCS / "models.json").read_text(encoding="utf-8"))["families"]
-    assert set(record) == set(FAMILIES) - {"ovis2"}  # tried in tests/families/test_sizes.py only
+    assert set(record) == set(FAMILIES)
     for name, entry in record.items():
         assert not entry["video"] or "video" in FAMILIES[name].media

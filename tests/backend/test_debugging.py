@@ -45,7 +45,7 @@ def test_torch_logs_with_plus_shows_every_graph() -> None:
     for step_name in PREFILL:
         assert f"prefill graph after {step_name}:" in said
     assert "decode graph after insert_decode:" in said
-    assert "tgvkv_arena_1" in said and "tgvkv_key_arena" in said
+    assert "tgvkv_evict_1" in said and "tgvkv_key_arena" in said
     assert "lowered a prefill graph (variant 1)" in said
 
 

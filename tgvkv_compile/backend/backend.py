@@ -15,6 +15,7 @@ from tgvkv_compile.backend.cut import Cut
 from tgvkv_compile.backend.options import GROWTH_RESERVE, BackendOptions, misplaced, read_options
 from tgvkv_compile.backend.programs import CachedProgram, PrefillProgram, Refusal, fewest_vision, key_weight
 from tgvkv_compile.backend.remedies import break_text, packed_layer, unseen_text
+from tgvkv_compile.backend.versions import warn_of_untried
 from tgvkv_compile.backend.vision_turn import LatePrefillProgram, VisionContinuationProgram
 from tgvkv_compile.config import (
     SINK_TOKENS,
@@ -123,6 +124,7 @@ class TgvkvBackend:
         self._dumper = Dumper(options.dump_graphs)
         self._told: set[str] = set()
         self.cut = Cut(self, strict=options.on_unsupported == "raise")
+        warn_of_untried()
         if options.configure_dynamo:
             dynamo.configure()
         atexit.register(_warn_if_unreached, self.graphs)
