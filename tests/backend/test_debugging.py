@@ -45,8 +45,8 @@ def test_torch_logs_with_plus_shows_every_graph() -> None:
     for step_name in PREFILL:
         assert f"prefill graph after {step_name}:" in said
     assert "decode graph after insert_decode:" in said
-    assert "tgvkv_evict_1" in said and "tgvkv_key_arena" in said
-    assert "lowered a prefill graph (variant 1)" in said
+    assert "tgvkv_start_1" in said and "tgvkv_key_arena" in said
+    assert "compiled a prefill graph of 2 layers in" in said
 
 
 def test_torch_logs_without_plus_shows_the_decisions_only() -> None:
