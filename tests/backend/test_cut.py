@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlavaForConditionalGeneration
 
 from tests.backend.tiny import prompt, tiny_llava
 from tgvkv_compile import tgvkv_backend
@@ -147,6 +148,58 @@ def test_a_picture_of_an_earlier_turn_given_to_generate_again() -> None:
         model.generate(**turn, pixel_values=inputs["pixel_values"], max_new_tokens=2)
     assert first.past_key_values.get_seq_length() == held  # and the cache is still good
     assert model.generate(**turn, max_new_tokens=2).shape[1] == ids.shape[1] + 2
+
+
+def test_a_class_that_was_loaded_after_the_backend_was_made() -> None:
+    backend = tgvkv_backend(0.3, lowering="eager")
+
+    class Later(LlavaForConditionalGeneration):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)
+
+    assert not hasattr(Later.forward, "_tgvkv_cut")
+    torch.compile(tiny_llava(), backend=backend)
+    assert hasattr(Later.forward, "_tgvkv_cut")
+
+
+def answers(model: Any, inputs: dict[str, Any], **options: Any) -> list[torch.Tensor]:
+    """Logits of a prompt and of three steps by direct calls; a mask is given with the steps if it is with the prompt."""
+    found, cache, mask = [], None, inputs.get("attention_mask")
+    with torch.no_grad():
+        for _ in range(4):
+            given = {} if mask is None else {"attention_mask": mask}
+            output = model(**{**inputs, **given}, past_key_values=cache, **options)
+            found.append(output.logits[:, -1])
+            cache, inputs = output.past_key_values, {"input_ids": output.logits[:, -1:].argmax(-1)}
+            mask = None if mask is None else torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+    return found
+
+
+def test_a_mask_of_ones_is_none() -> None:
+    """For one sample; its steps are not read, and a prompt that is padded keeps its mask."""
+    model, backend = tiny_llava(), tgvkv_backend(0.3, lowering="eager")
+    model.compile(backend=backend)
+    inputs = prompt()
+    mask = torch.ones_like(inputs["input_ids"])
+    wanted = answers(model, inputs)
+    found = answers(model, {**inputs, "attention_mask": mask})
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+    assert backend.graphs == {"prefill": 1, "decode": 1}
+    padded = {**inputs, "input_ids": torch.cat([torch.zeros(1, 3, dtype=torch.int64), inputs["input_ids"]], dim=1)}
+    padded["attention_mask"] = (torch.arange(padded["input_ids"].shape[1]) >= 3).long()[None]
+    answers(model, padded)
+    assert backend.graphs == {"prefill": 2, "decode": 2}
+
+
+def test_a_mask_of_ones_says_that_positions_are_of_one_sequence() -> None:
+    """transformers takes positions that begin again, without mask and cache, for packed sequences."""
+    model, given = tiny_llava(), prompt()
+    ids = given["input_ids"]
+    given["attention_mask"], given["position_ids"] = torch.ones_like(ids), torch.arange(ids.shape[1])[None] % 20
+    with torch.no_grad():
+        wanted = model(**given, use_cache=False).logits
+        model.compile(backend=tgvkv_backend(1.0, lowering="eager"))
+        torch.testing.assert_close(model(**given, use_cache=False).logits, wanted)
 
 
 @pytest.mark.slow

@@ -17,8 +17,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from tests.families.family import CLOSE, HIDDEN, IMAGE, LAST_TEXT, OPEN, PAD, VIDEO, VOCABULARY, fill
 
 LAYERS = 4
-SPAN = 4
-"""Vision tokens of a picture: what the towers that merge two by two patches make of 4 by 4."""
+GRIDS = ((4, 4), (4, 6), (6, 6), (2, 8))
+"""Sizes of pictures in patches: towers that merge two by two make 4, 6, 9 and 4 tokens of them."""
+Prompt = tuple[int, ...]
+"""How many text tokens stand before, between and after the pictures of a sample."""
 
 _MOST = {
     **dict.fromkeys(("hidden_size", "out_hidden_size", "text_hidden_size", "projection_hidden_size"), HIDDEN),
@@ -111,7 +113,7 @@ def make_model(name: str, family: Shrunk, *, seed: int = 0) -> Any:
     model.requires_grad_(False)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD
-    _hand_features(model, family, torch.randn(8, SPAN, HIDDEN, generator=generator))
+    _hand_features(model, family, torch.randn(12, 9, HIDDEN, generator=generator))
     return model
 
 
@@ -154,13 +156,15 @@ def _some_of_each(kinds: list[str]) -> list[str]:
 
 
 def _hand_features(model: Any, family: Shrunk, features: Tensor) -> None:
-    """Puts features in the place of what the vision tower would make of the pictures."""
+    """Puts features in the place of what the vision tower would make of the pictures, which say themselves how many."""
 
     def encode(self: Any, *args: Any, **inputs: Any) -> Any:
-        chosen = features[: len(inputs.get("pixel_values", args[0] if args else ()))]
-        encoded = BaseModelOutputWithPooling(last_hidden_state=chosen)
-        encoded.pooler_output = chosen if family.features == "tensor" else list(chosen)
-        encoded.deepstack_features = [chosen.reshape(-1, HIDDEN) if family.deep == "tensor" else list(chosen)] * 2
+        pictures = inputs["pixel_values"] if "pixel_values" in inputs else args[0]
+        chosen = [one[: int(picture.flatten()[0])] for one, picture in zip(features, pictures, strict=False)]
+        every = torch.cat(chosen)
+        encoded = BaseModelOutputWithPooling(last_hidden_state=every)
+        encoded.pooler_output = torch.stack(chosen) if family.features == "tensor" else chosen
+        encoded.deepstack_features = [every if family.deep == "tensor" else list(chosen)] * 2
         return encoded
 
     for part in {type(model): model, type(model.model): model.model}.values():
@@ -181,15 +185,28 @@ class _Handed:
         return self._call(*args, **inputs)
 
 
-def make_inputs(model: Any) -> dict[str, Tensor]:
-    """A batch padded on the left: one picture in the first sample, two in the second, none in the third."""
-    generator = torch.Generator().manual_seed(5)
+def make_inputs(
+    model: Any, prompts: tuple[Prompt, ...] = ((5, 7), (3, 2, 6), (9,)), *, first: int = 0, sizes: int = 1, seed: int = 5
+) -> dict[str, Tensor]:
+    """A batch padded on the left; by default one picture in the first sample, two in the second, none in the third.
+
+    Args:
+        model: The model.
+        prompts: One per sample.
+        first: Which of `GRIDS` the first picture has.
+        sizes: How many of them there are by turns.
+        seed: Of tokens.
+    """
+    generator = torch.Generator().manual_seed(seed)
     rows: list[list[int]] = []
     kinds: list[list[int]] = []
-    for texts in ((5, 7), (3, 2, 6), (9,)):
+    grids: list[tuple[int, int]] = []
+    for texts in prompts:
         row: list[int] = []
         for number, count in enumerate(texts):
-            row += [OPEN, *[IMAGE] * SPAN, CLOSE] if number else []
+            if number:
+                grids.append(GRIDS[(first + len(grids)) % sizes])
+                row += [OPEN, *[IMAGE] * tokens_of(grids[-1]), CLOSE]
             row += torch.randint(3, LAST_TEXT, (count,), generator=generator).tolist()
         rows.append(row)
         kinds.append([int(token == IMAGE) for token in row])
@@ -197,15 +214,19 @@ def make_inputs(model: Any) -> dict[str, Tensor]:
     inputs = {
         "input_ids": torch.tensor([[PAD] * (length - len(row)) + row for row in rows]),
         "attention_mask": torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows]),
-        "pixel_values": torch.zeros(3, 3, 16, 16),
     }
     types = torch.tensor([[0] * (length - len(kind)) + kind for kind in kinds])
-    further = {
-        "image_grid_thw": torch.tensor([[1, 4, 4]] * 3),
-        "mm_token_type_ids": types,
-        "token_type_ids": types,
-        "image_sizes": torch.tensor([[16, 16]] * 3),
-        "high_res_pixel_values": torch.zeros(3, 3, 16, 16),
-    }
+    further = {"mm_token_type_ids": types, "token_type_ids": types}
+    if grids:
+        pictures = torch.zeros(len(grids), 3, 16, 16)
+        pictures[:, 0, 0, 0] = torch.tensor([float(tokens_of(grid)) for grid in grids])
+        inputs["pixel_values"] = pictures
+        further["image_grid_thw"] = torch.tensor([[1, *grid] for grid in grids])
+        further["image_sizes"] = torch.tensor([[16, 16]] * len(grids))
+        further["high_res_pixel_values"] = pictures
     wanted = inspect.signature(model.forward).parameters
     return inputs | {name: value for name, value in further.items() if name in wanted}
+
+
+def tokens_of(grid: tuple[int, int]) -> int:
+    return grid[0] * grid[1] // 4

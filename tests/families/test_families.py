@@ -1,7 +1,4 @@
-"""Every family through stock `generate`: equal to the oracle, and to the uncompiled model at the whole budget.
-
-What is recorded in `docs/models.json` is what these tests hold it to; `docs/models.md` is made from it.
-"""
+"""Every family at the whole budget is the uncompiled model. What they do at others: `test_sizes`."""
 
 import json
 from pathlib import Path
@@ -14,9 +11,9 @@ import transformers
 from tests.families.family import IMAGE, VIDEO, Family, Kind, Prompt, make_inputs, make_model
 from tests.families.table import FAMILIES
 from tests.support.comparing import assert_same_run
-from tests.support.counting import of_decoder, of_generate
+from tests.support.counting import of_generate
 from tests.support.reference import ReferenceTrace, Session
-from tests.support.running import run, traced_generate
+from tests.support.running import traced_generate
 from tgvkv_compile import tgvkv_backend
 from tgvkv_compile.config import EvictionConfig
 
@@ -35,18 +32,26 @@ def recorded(what: str) -> list[str]:
     return [name for name, record in RECORD.items() if record[what]]
 
 
-def skip_what_fails_alone(name: str, kind: Kind = "image") -> None:
-    """Skips a family of `FAIL_ALONE` if the uncompiled model fails with these inputs, too."""
+def fails_alone(name: str, kind: Kind = "image") -> str | None:
+    """Why a family of `FAIL_ALONE` cannot be tried, if the uncompiled model fails with these inputs, too."""
     if name == "aria" and torch.__version__ < "2.12" and transformers.__version__ < "5.18":
-        pytest.skip("torch 2.11 cannot trace how aria of transformers 5.17 slices by expert: refused, as a split decoder")
+        return "torch 2.11 cannot trace how aria of transformers 5.17 slices by expert: refused, as a split decoder"
     if name not in FAIL_ALONE[kind]:
-        return
+        return None
     family = FAMILIES[name]
     model = make_model(family)
     try:
         model.generate(**make_inputs(family, model, mixed(kind)), max_new_tokens=1, do_sample=False)
     except (AttributeError, TypeError, ValueError) as error:
-        pytest.skip(f"{name} of transformers {transformers.__version__} fails uncompiled: {error}")
+        return f"{name} of transformers {transformers.__version__} fails uncompiled: {error}"
+    return None
+
+
+def skip_what_fails_alone(name: str, kind: Kind = "image") -> None:
+    """Skips what `fails_alone`."""
+    reason = fails_alone(name, kind)
+    if reason is not None:
+        pytest.skip(reason)
 
 
 def compiled(family: Family, budget: float) -> tuple[Any, Any]:
@@ -54,10 +59,6 @@ def compiled(family: Family, budget: float) -> tuple[Any, Any]:
     model, backend = make_model(family), tgvkv_backend(budget, lowering="eager")
     model.compile(backend=backend)
     return model, backend
-
-
-def single(kind: Kind) -> tuple[Prompt, ...]:
-    return ((5, kind, 9),)
 
 
 def mixed(kind: Kind) -> tuple[Prompt, ...]:
@@ -87,61 +88,6 @@ def test_the_whole_budget_is_the_uncompiled_model(name: str) -> None:
         torch.testing.assert_close(logits, dense, atol=1e-4, rtol=1e-4)
     for length, layers in zip((inputs["attention_mask"].sum(1) + STEPS).tolist(), found.kept[-1], strict=True):
         assert all(layer == list(range(length)) for layer in layers)
-
-
-@pytest.mark.parametrize("name", recorded("graphs"))
-def test_a_padded_batch_in_generate(name: str) -> None:
-    skip_what_fails_alone(name)
-    family = FAMILIES[name]
-    model, backend = compiled(family, BUDGET)
-    inputs = make_inputs(family, model, mixed("image"))
-    assert_same_run(traced_generate(model, inputs, STEPS), expected_of(family, inputs))
-    assert of_generate(model, backend.graphs) == RECORD[name]["graphs"]
-    assert RECORD[name]["batch"] and RECORD[name]["images"] == 2  # what `mixed` has
-
-
-@pytest.mark.parametrize("name", recorded("direct"))
-def test_one_prompt_by_direct_calls(name: str) -> None:
-    """Without mask and positions: attention is causal as such, and the model finds positions and features by itself."""
-    skip_what_fails_alone(name)
-    family = FAMILIES[name]
-    model, backend = compiled(family, BUDGET)
-    inputs = make_inputs(family, model, single("image"))
-    assert_same_run(run(model, inputs, STEPS, give_mask=False, give_positions=False), expected_of(family, inputs))
-    assert of_decoder(backend.graphs) == RECORD[name]["direct"]
-
-
-@pytest.mark.parametrize("name", recorded("direct"))
-def test_a_padded_batch_in_a_direct_call(name: str) -> None:
-    """The prefill only: where positions have three rows, a step of a padded batch needs positions from the caller."""
-    skip_what_fails_alone(name)
-    family = FAMILIES[name]
-    model, backend = compiled(family, BUDGET)
-    inputs = make_inputs(family, model, mixed("image"))
-    expected = expected_of(family, inputs)
-    expected.logits, expected.kept, expected.tokens = expected.logits[:1], expected.kept[:1], expected.tokens[:1]
-    assert_same_run(run(model, inputs, 0, give_positions=False), expected)
-    assert of_decoder(backend.graphs) == {"prefill": RECORD[name]["direct"]["prefill"]}
-
-
-@pytest.mark.parametrize("name", recorded("video"))
-def test_videos_by_direct_calls(name: str) -> None:
-    skip_what_fails_alone(name, "video")
-    family = FAMILIES[name]
-    model, backend = compiled(family, BUDGET)
-    inputs = make_inputs(family, model, single("video"))
-    assert_same_run(run(model, inputs, STEPS, give_mask=False, give_positions=False), expected_of(family, inputs))
-    assert of_decoder(backend.graphs) == RECORD[name]["direct"]
-
-
-@pytest.mark.parametrize("name", recorded("video"))
-def test_videos(name: str) -> None:
-    skip_what_fails_alone(name, "video")
-    family = FAMILIES[name]
-    model, backend = compiled(family, BUDGET)
-    inputs = make_inputs(family, model, mixed("video"))
-    assert_same_run(traced_generate(model, inputs, STEPS), expected_of(family, inputs))
-    assert of_generate(model, backend.graphs) == RECORD[name]["graphs"]
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision"])

@@ -10,18 +10,17 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from tests.families.family import IMAGE, VIDEO
-from tests.families.shrunk import FAMILIES, REFUSED, known, make_inputs, make_model
-from tests.support.comparing import assert_same_run
-from tests.support.reference import Session
+from tests.families.process import Process, added
+from tests.families.shrunk import FAMILIES, GRIDS, REFUSED, known, make_inputs, make_model
+from tests.support.counting import of_decoder
 from tests.support.running import traced_generate
 from tgvkv_compile import tgvkv_backend
-from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.errors import UnsupportedGraphError
 
 RECORD: dict[str, Any] = json.loads((Path(__file__).parents[2] / "docs" / "models.json").read_text(encoding="utf-8"))
 BUDGET = 0.3
-STEPS = 6
+QUICK = ("cosmos3_omni", "gemma4")
+"""Deepstack, and sliding windows."""
 
 
 def model_and_inputs(name: str) -> tuple[Any, dict[str, Tensor]]:
@@ -34,16 +33,23 @@ def model_and_inputs(name: str) -> tuple[Any, dict[str, Tensor]]:
     return model, make_inputs(model)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_padded_batch_in_generate(name: str) -> None:
-    model, inputs = model_and_inputs(name)
-    expected = Session(model, EvictionConfig(BUDGET), image_token=(IMAGE, VIDEO)).generate(inputs, STEPS)
-    assert expected.fragile.count(None) >= 2, "choose another seed: float noise decides here"
-    assert max(expected.lengths[0][0]) < int(inputs["attention_mask"][0].sum())
-    backend = tgvkv_backend(BUDGET, lowering="eager")
-    model.compile(backend=backend)
-    assert_same_run(traced_generate(model, inputs, STEPS), expected)
-    assert backend.graphs == RECORD["decoders"][name]
+@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES])
+def test_one_graph_for_every_prompt(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model_and_inputs(name)
+    sizes = 1 if FAMILIES[name].features == "tensor" else len(GRIDS)  # one tensor of features: all pictures are alike
+    process = Process(
+        lambda: make_model(name, FAMILIES[name]),
+        lambda model, prompts, seed: make_inputs(model, prompts, first=seed % len(GRIDS), sizes=sizes, seed=seed),
+        monkeypatch,
+    )
+    graphs = RECORD["decoders"][name]
+    process.generate(((5, 9),), ((3, 2, 6),), ((70, 62),), ((2, 1, 3, 7),), ((6, 4),))
+    assert process.graphs() == graphs
+    process.generate(((12,),), ((17,),))
+    assert process.graphs() == {**graphs, "dense": sum(graphs.values())}
+    process.generate(((5, 7), (3, 2, 6)), ((5, 7), (9,), (2, 11)), ((4, 9),) * 4)
+    process.generate(((3, 2, 6),))
+    assert of_decoder(process.graphs()) == added(graphs, graphs)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -5,25 +5,16 @@ recorded in `docs/models.json` is what these tests hold it to; `docs/models.md` 
 """
 
 import dataclasses
-from typing import Any
 
 import pytest
-import torch
 
-from tests.families.family import IMAGE, VIDEO, Family, Prompt, make_inputs, make_model
+from tests.families.family import Family, Prompt, make_inputs, make_model
 from tests.families.media import OTHER_SIZES
+from tests.families.process import Process, added
 from tests.families.table import FAMILIES
-from tests.families.test_families import RECORD, skip_what_fails_alone
-from tests.support.comparing import assert_same_run
-from tests.support.counting import of_decoder
-from tests.support.reference import ReferenceTrace, Session
-from tests.support.running import run, traced_generate
-from tgvkv_compile import tgvkv_backend
-from tgvkv_compile.backend import programs
-from tgvkv_compile.config import EvictionConfig
+from tests.families.test_families import RECORD, fails_alone, skip_what_fails_alone
+from tests.support.counting import of_decoder, of_generate
 
-CONFIG = EvictionConfig(0.3)
-STEPS = 3
 Batch = tuple[Prompt, ...]
 SINGLE: tuple[Batch, ...] = (
     ((5, "image", 9),),
@@ -45,79 +36,35 @@ QUICK = ("llava", "llava_next", "qwen2_5_vl", "gemma3", "chameleon", "idefics3")
 merges vision itself, and samples padded with pictures."""
 
 
-class Process:
-    """A model that is compiled once, and asked one thing after the other.
-
-    Attributes:
-        lowered: How many graphs were lowered.
-    """
-
-    def __init__(self, family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.family = family
-        self.model: Any = make_model(family)
-        self.backend = tgvkv_backend(CONFIG.budget, lowering="eager")
-        self.model.compile(backend=self.backend)
-        self.lowered = 0
-        self._seed = 0
-        lower = programs.lower_rewritten
-
-        def counted(*args: Any, **options: Any) -> Any:
-            self.lowered += 1
-            return lower(*args, **options)
-
-        monkeypatch.setattr(programs, "lower_rewritten", counted)
-
-    def generate(self, *requests: Batch, steps: int = STEPS) -> None:
-        """Each through `generate`, held against the oracle."""
-        for prompts in requests:
-            inputs, wanted = self._question(prompts, steps)
-            assert_same_run(traced_generate(self.model, inputs, steps), wanted)
-
-    def call(self, *requests: Batch, steps: int = STEPS, give_mask: bool = False) -> None:
-        """Each by direct calls, as far as `steps`; positions are left to the model."""
-        for prompts in requests:
-            inputs, wanted = self._question(prompts, steps)
-            assert_same_run(run(self.model, inputs, steps, give_mask=give_mask, give_positions=False), wanted)
-
-    def graphs(self) -> dict[str, int]:
-        """What dynamo handed over; all of it was lowered, and once."""
-        graphs = self.backend.graphs
-        assert self.lowered == graphs["prefill"] + graphs["decode"]
-        return dict(graphs)
-
-    def _question(self, prompts: Batch, steps: int) -> tuple[dict[str, torch.Tensor], ReferenceTrace]:
-        self._seed += 1
-        for seed in range(self._seed, self._seed + 500, 100):
-            inputs = make_inputs(self.family, self.model, prompts, seed=seed, others=OTHER_SIZES)
-            wanted = Session(make_model(self.family), CONFIG, image_token=(IMAGE, VIDEO)).generate(inputs, steps)
-            if wanted.fragile == [None] * len(prompts):  # else float noise decides what is kept: other pictures
-                return inputs, wanted
-        raise AssertionError(f"no pictures were found for {prompts} whose evictions float noise could not change")
+def process_of(family: Family, monkeypatch: pytest.MonkeyPatch) -> Process:
+    return Process(
+        lambda: make_model(family),
+        lambda model, prompts, seed: make_inputs(family, model, prompts, seed=seed, others=OTHER_SIZES),
+        monkeypatch,
+    )
 
 
 @pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES])
 def test_one_graph_for_every_prompt(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     skip_what_fails_alone(name)
-    record, process = RECORD[name], Process(FAMILIES[name], monkeypatch)
-    graphs, videos = record["graphs"], VIDEOS if record["video"] else ()
+    record, process = RECORD[name], process_of(FAMILIES[name], monkeypatch)
+    graphs, direct = record["graphs"], record["direct"]
+    assert record["batch"] and record["images"] == 2  # what is asked below
+    videos, video_batches = (VIDEOS, [VIDEO_BATCH]) if record["video"] and fails_alone(name, "video") is None else ((), [])
     process.generate(*SINGLE, *videos)
-    assert process.graphs() == graphs
+    assert of_generate(process.model, process.graphs()) == graphs
     process.generate(*TEXTS)
     assert process.graphs() == {**graphs, "dense": sum(graphs.values())}
-    process.generate(*BATCHES, *([VIDEO_BATCH] if record["video"] else []))
+    process.generate(*BATCHES, *video_batches)
     process.generate(SINGLE[3])
-    assert of_decoder(process.graphs()) == times(2, graphs)
+    assert of_decoder(process.graphs()) == added(graphs, graphs)
     # Where positions are left to the model, they are no input of the decoder, or one of another shape.
     process.call(SINGLE[0], SINGLE[2], *videos[1:])
     process.call(SINGLE[1], SINGLE[3], give_mask=True)
-    assert of_decoder(process.graphs()) == times(3, graphs)
+    assert of_decoder(process.graphs()) == added(graphs, graphs, direct)
     process.call(BATCHES[0], BATCHES[1], steps=0, give_mask=True)  # positions of a padded step must be given
     process.call(BATCHES[2])
-    assert of_decoder(process.graphs()) == times(4, graphs)
-
-
-def times(factor: int, graphs: dict[str, int]) -> dict[str, int]:
-    return {kind: factor * count for kind, count in graphs.items()}
+    assert of_decoder(process.graphs()) == added(graphs, graphs, direct, direct)
 
 
 @pytest.mark.slow
@@ -126,7 +73,7 @@ def test_windows_that_fill_up_and_full_ones(name: str, monkeypatch: pytest.Monke
     """Masks are made before the decoder (gemma3) and in it."""
     config = FAMILIES[name].config()
     config.text_config.sliding_window = 24
-    process = Process(dataclasses.replace(FAMILIES[name], config=lambda: config), monkeypatch)
+    process = process_of(dataclasses.replace(FAMILIES[name], config=lambda: config), monkeypatch)
     process.generate(((1, "image", 2),), ((9, "image", 9, "image", 16),))
     process.generate(((2, ("image", 1), 1),), steps=20)
     process.generate(((30, "image", 5),), ((4, "image", 3),))

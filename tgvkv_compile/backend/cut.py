@@ -469,6 +469,8 @@ def _note_padding(cache: Any, given: Mapping[str, Any]) -> None:
 
 def _cache_of(given: Any) -> Any:
     """The KV cache among the arguments of a call, or in its output; None where there is none."""
+    if isinstance(given, tuple):  # an output with return_dict=False
+        return next((part for part in given if hasattr(part, "get_seq_length")), None)
     if not isinstance(given, dict):  # transformers' outputs are dicts
         return None
     return next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)

@@ -101,6 +101,7 @@ def lay_out(cache: Any, *, masked: bool) -> None:
         masked: Whether the call has a mask of padding. Code that makes the window's mask of it takes another branch once there
             is more of it than the window; without one it does as soon as the new token fills the window.
     """
+    settle(cache)  # of an output that did not hold it
     for layer in _windows(cache):
         layer._tgvkv_full_from = layer.sliding_window - (0 if masked else 1)
         if layer.cumulative_length > 0:
