@@ -31,7 +31,7 @@ from tgvkv_compile.fx.dump import Dumper
 from tgvkv_compile.fx.meta import fake_tensor, source_line
 from tgvkv_compile.fx.subgraphs import all_nodes
 from tgvkv_compile.fx.targets import op_kind
-from tgvkv_compile.lower import lower_dense
+from tgvkv_compile.lower import lower_dense, prepare_inductor
 from tgvkv_compile.passes.plan_graph import UNSEEN
 from tgvkv_compile.pipeline import Rewrite, plan_of, rewrite_graph, with_merges_read
 from tgvkv_compile.plan import Plan, render_misses
@@ -123,7 +123,8 @@ class TgvkvBackend:
         self.graphs: dict[str, int] = {}
         self._dumper = Dumper(options.dump_graphs)
         self._told: set[str] = set()
-        self.cut = Cut(self, strict=options.on_unsupported == "raise")
+        prepare = prepare_inductor if options.lowering == "inductor" else None
+        self.cut = Cut(self, strict=options.on_unsupported == "raise", prepare=prepare)
         warn_of_untried()
         if options.configure_dynamo:
             dynamo.configure()

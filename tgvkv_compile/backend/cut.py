@@ -52,10 +52,18 @@ class Cut:
     Args:
         backend: Called with the graphs, as dynamo calls a backend.
         strict: Whether a model that never comes to its decoder is an error.
+        prepare: Called once, with the first model, before anything of it is compiled.
     """
 
-    def __init__(self, backend: Callable[..., Any], *, strict: bool) -> None:
+    def __init__(
+        self,
+        backend: Callable[..., Any],
+        *,
+        strict: bool,
+        prepare: Callable[[torch.nn.Module], None] | None = None,
+    ) -> None:
         self.strict = strict
+        self._prepare = prepare
         self._lock = threading.Lock()
         self._backend = weakref.proxy(backend)
         self._compiled: tuple[Callable[..., Any], Callable[..., Any]] | None = None
@@ -69,6 +77,9 @@ class Cut:
             args: Of the call.
             kwargs: Of the call.
         """
+        prepare, self._prepare = self._prepare, None
+        if prepare is not None:
+            prepare(module)
         given = _named(forward, args, kwargs)
         encoded = _brings_vision(given)
         decoder = _decoder_of(module)

@@ -15,9 +15,13 @@ Checked on torch 2.11.0 and 2.13.0. Each name says what it is used for:
 - `mark_static` says what `torch._dynamo.mark_static_address` says, of an input that dynamo has not seen.
 - `make_fx`, `disable_proxy_modes_tracing`: a vision encoder is traced for pictures of one size (`export.vision`).
 - `DynamicInt` is an int that dynamo never takes for a constant (`backend.sliding_windows`).
+- `probe_instructions`, `kernels_put_off`: what Inductor waits for the C++ compiler for (`lower.beside`).
 - `GraphCompileReason` is what dynamo puts on a graph module as `compile_subgraph_reason`.
 """
 
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch._C import _EnableTorchFunction as enable_torch_function
@@ -53,8 +57,10 @@ __all__ = [
     "free_symbols",
     "is_traceable_wrapper_subclass",
     "keep_mutations_after_subgraphs",
+    "kernels_put_off",
     "make_fx",
     "mark_static",
+    "probe_instructions",
     "set_for_all_threads",
     "symbol_is_unbacked",
     "symbolic_shapes_config",
@@ -71,6 +77,54 @@ def set_for_all_threads(config: Any, name: str, value: Any) -> None:
 def symbol_is_unbacked(symbol: Any) -> bool:
     """Whether a symbol stands for a number that only the run of the graph tells."""
     return symbol_is_type(symbol, (SymT.UNBACKED_INT, SymT.UNBACKED_FLOAT))
+
+
+def probe_instructions() -> threading.Thread:
+    """Begins to find out which vector instructions Inductor may use; whoever asks meanwhile, in any thread, waits for it.
+
+    Inductor compiles and loads a small program for each set of them, and keeps what it finds.
+    """
+    import torch._inductor.cpu_vec_isa  # not before it is needed
+
+    cpu_vec_isa: Any = torch._inductor.cpu_vec_isa
+
+    find = cpu_vec_isa.valid_vec_isa_list
+
+    def probe() -> None:
+        with contextlib.suppress(Exception):  # who asks for it gets the error
+            find()
+
+    def found() -> Any:
+        thread.join()
+        cpu_vec_isa.valid_vec_isa_list = find
+        return find()
+
+    thread = threading.Thread(target=probe, name="tgvkv-probe", daemon=True)
+    cpu_vec_isa.valid_vec_isa_list = found
+    thread.start()
+    return thread
+
+
+@contextlib.contextmanager
+def kernels_put_off() -> Iterator[list[Callable[[], None]]]:
+    """Modules that Inductor writes do not wait for their kernels within.
+
+    Yields:
+        A list that is filled with what waits, in order: a module cannot be called before.
+    """
+    from torch._inductor.async_compile import AsyncCompile
+
+    wait_for = AsyncCompile._wait_futures
+    rest: list[Callable[[], None]] = []
+
+    def put_off(self: AsyncCompile, scope: dict[str, Any]) -> None:
+        rest.append(lambda: wait_for(self, scope))
+
+    AsyncCompile._wait_futures = put_off  # type: ignore[method-assign]
+    try:
+        yield rest
+    finally:
+        AsyncCompile._wait_futures = wait_for  # type: ignore[method-assign]
 
 
 def tracing_apart(fake_mode: Any) -> Any:

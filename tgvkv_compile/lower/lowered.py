@@ -17,6 +17,7 @@ from tgvkv_compile.fx.environment import Environment
 from tgvkv_compile.fx.meta import fake_value
 from tgvkv_compile.fx.private import FakeTensorMode, enable_torch_function, mark_static, tracing_apart
 from tgvkv_compile.fx.subclasses import as_graph_takes
+from tgvkv_compile.lower.beside import kernels_beside
 from tgvkv_compile.lower.by_piece import lower_by_piece
 from tgvkv_compile.lower.pieces import cut
 
@@ -105,7 +106,9 @@ def lower_rewritten(
     compile_part = functools.partial(_BACKENDS[lowering], patches=patches, fake_mode=environment.fake_mode)
     with torch.no_grad(), enable_torch_function():
         if pieces is not None:
-            run = lower_by_piece(gm, pieces, environment, compile_part)
+            on_cpu = all(value.device.type == "cpu" for value in inputs if isinstance(value, Tensor))
+            with kernels_beside() if on_cpu else contextlib.nullcontext():
+                run = lower_by_piece(gm, pieces, environment, compile_part)
         else:
             run = compile_part(gm, [inputs[index] for index in used])
     if not callable(run):

@@ -1,0 +1,39 @@
+"""The C++ compiler at work beside Python: Inductor asks it for one thing at a time, and waits for each.
+
+On a CPU half of a first answer is such waiting: first for a dozen small programs that tell what the processor can do, then, for
+each piece of a graph, for its kernels.
+"""
+
+import contextlib
+import functools
+import itertools
+import threading
+from collections.abc import Iterator
+
+import torch
+
+from tgvkv_compile.fx.private import kernels_put_off, probe_instructions
+
+
+def prepare_inductor(model: torch.nn.Module) -> None:
+    """Begins with what Inductor will want to know of the processor, where that is what the model runs on."""
+    if all(parameter.device.type == "cpu" for parameter in itertools.islice(model.parameters(), 1)):
+        probe_processor()
+
+
+@functools.cache
+def probe_processor() -> threading.Thread:
+    """Finds out in a thread which vector instructions there are; once per process."""
+    return probe_instructions()
+
+
+@contextlib.contextmanager
+def kernels_beside() -> Iterator[None]:
+    """Kernels of all graphs that Inductor compiles within are compiled meanwhile; they are there at the end.
+
+    Whoever calls holds dynamo's compile lock, and calls no compiled graph within.
+    """
+    with kernels_put_off() as rest:
+        yield
+    for wait in rest:
+        wait()
