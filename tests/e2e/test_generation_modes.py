@@ -14,7 +14,7 @@ from tests.support.reference import reference, reference_turn
 from tests.support.running import kept_of
 from tgvkv_compile import inspect_cache, tgvkv_backend
 from tgvkv_compile.config import EvictionConfig
-from tgvkv_compile.errors import AssistedDecodingError, UnsupportedGraphError
+from tgvkv_compile.errors import AssistedDecodingError, CacheError, UnsupportedGraphError
 
 BUDGET = 0.3
 SHAPE = Shape(layers=2, seed=7)
@@ -130,6 +130,13 @@ def test_assisted_decoding_is_refused(compiled: Any, with_assistant: bool) -> No
 def test_a_static_cache_is_refused(compiled: Any) -> None:
     with pytest.raises(UnsupportedGraphError, match="StaticCache.*cache_implementation='dynamic'"):
         generate(compiled, make_inputs(SINGLE), cache_implementation="static")
+
+
+@pytest.mark.parametrize("implementation", ["offloaded", "offloaded_static"])
+def test_offloaded_caches_are_refused(compiled: Any, implementation: str) -> None:
+    with pytest.raises(CacheError, match=r"cache_implementation='offloaded'.*leave cache_implementation out"):
+        generate(compiled, make_inputs(SINGLE), cache_implementation=implementation)
+    check_against_reference(generate(compiled, make_inputs(SINGLE)), make_inputs(SINGLE))
 
 
 def test_without_a_cache_nothing_is_evicted(compiled: Any) -> None:

@@ -29,7 +29,7 @@ from tgvkv_compile.backend.options import misplaced
 from tgvkv_compile.backend.origin import mark_behind_cut
 from tgvkv_compile.backend.sliding_windows import lay_out, settle
 from tgvkv_compile.backend.wrappers import whole_graphs
-from tgvkv_compile.errors import ConfigError, UnsupportedGraphError
+from tgvkv_compile.errors import CacheError, ConfigError, UnsupportedGraphError
 from tgvkv_compile.ops.merged import merged
 from tgvkv_compile.runtime.inspect import CACHE_NAMES, compact_of
 from tgvkv_compile.runtime.tracing import (
@@ -98,6 +98,7 @@ class Cut:
         return output
 
     def _step(self, module: torch.nn.Module, kwargs: dict[str, Any]) -> Any:
+        _refuse_offloading(_cache_of(kwargs))
         lay_out(_cache_of(kwargs), masked=kwargs.get("attention_mask") is not None)
         mark_state(module)
         return self._run(0, module, mark_step_inputs(without_cache(_decoder_of(module) or module, kwargs)))
@@ -111,6 +112,7 @@ class Cut:
             vision: bool `[B, N, 1]`; None: nothing.
             kwargs: Of its call.
         """
+        _refuse_offloading(_cache_of(kwargs))
         lay_out(_cache_of(kwargs), masked=kwargs.get("attention_mask") is not None)
         vision, kwargs = mark_decoder_inputs(vision, without_cache(decoder, kwargs))
         return self._run(1, decoder, watched, vision, kwargs)
@@ -127,6 +129,14 @@ class Cut:
                 inside = _Inside(self._backend)
                 self._compiled = (compile_apart(_call_whole, inside), compile_apart(_call_decoder, inside))
             return self._compiled
+
+
+def _refuse_offloading(cache: Any) -> None:
+    if getattr(cache, "offloading", False):
+        raise CacheError(
+            "the KV cache offloads its layers to the CPU (cache_implementation='offloaded' or 'offloaded_static'), which cannot "
+            "be compiled, and a compressed cache need not: leave cache_implementation out, or run without compile()"
+        )
 
 
 class _Inside:
