@@ -23,23 +23,30 @@ def mark_decoder_inputs(vision: Tensor | None, kwargs: dict[str, Any]) -> tuple[
     """
     embeds = kwargs.get("inputs_embeds")
     like = embeds if isinstance(embeds, Tensor) else kwargs.get("input_ids")
-    sizes = set(like.shape[:2]) if isinstance(like, Tensor) else set()
+    batch, tokens = like.shape[:2] if isinstance(like, Tensor) else (-1, -1)
+    lengths = {tokens}
     mask = kwargs.get("attention_mask")
     for part in mask.values() if isinstance(mask, dict) else (mask,):
-        sizes |= {part.shape[-1]} if isinstance(part, Tensor) else set()
-    marked = _marked(kwargs, lambda tensor: _of_decoder(tensor, sizes))
+        lengths |= {part.shape[-1]} if isinstance(part, Tensor) else set()
+    marked = _marked(kwargs, lambda tensor: _of_decoder(tensor, batch, tokens, lengths))
     return None if vision is None else _mark(vision, (0, 1)), marked
 
 
-def _of_decoder(tensor: Tensor, sizes: Collection[int]) -> tuple[int, ...]:
-    """Of tokens, masks and positions, dimensions that have one of the sizes; of feature vectors, how many there are."""
+def _of_decoder(tensor: Tensor, batch: int, tokens: int, lengths: Collection[int]) -> tuple[int, ...]:
+    """Dimensions of an argument that differ from prompt to prompt.
+
+    A size alone does not tell: four samples are as many as the layers of a model with four, so places count as well.
+    """
     if tensor.ndim == 2 and tensor.is_floating_point():
-        return (0,)
+        return (0,)  # feature vectors: how many there are
     if tensor.ndim == 3 and not tensor.is_floating_point():
         return (1, 2)  # positions: [3, B, N]
     last = tensor.ndim - 1
-    featured = tensor.is_floating_point() and tensor.ndim != 4
-    return tuple(dim for dim, size in enumerate(tensor.shape) if size in sizes and not (featured and dim == last))
+    if tensor.ndim == 4 and tensor.shape[1] == tokens != 1:
+        last = 2  # inputs of each layer: [B, N, L, D]; a mask is [B, 1, N, S]
+    elif not tensor.is_floating_point() or tensor.ndim == 4:
+        last += 1
+    return tuple(dim for dim, size in enumerate(tensor.shape[:last]) if size in lengths or (dim == 0 and size == batch))
 
 
 def mark_step_inputs(given: Any) -> Any:
