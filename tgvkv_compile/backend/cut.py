@@ -134,8 +134,8 @@ class Cut:
 def _refuse_offloading(cache: Any) -> None:
     if getattr(cache, "offloading", False):
         raise CacheError(
-            "the KV cache offloads its layers to the CPU (cache_implementation='offloaded' or 'offloaded_static'), which cannot "
-            "be compiled, and a compressed cache need not: leave cache_implementation out, or run without compile()"
+            "the KV cache offloads its layers to the CPU (cache_implementation='offloaded' or 'offloaded_static'), which "
+            "cannot be compiled, and a compressed cache need not: leave cache_implementation out, or run without compile()"
         )
 
 
