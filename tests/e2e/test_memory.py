@@ -19,7 +19,7 @@ from tgvkv_compile import inspect_cache, tgvkv_backend
 from tgvkv_compile.backend import programs
 from tgvkv_compile.fx.meta import fake_value
 from tgvkv_compile.fx.targets import op_kind
-from tgvkv_compile.ops import scoring
+from tgvkv_compile.ops import weighing
 
 SMALL = 1024
 """Storages below this are bookkeeping: lengths and starts of segments, the handles' scalars."""
@@ -138,9 +138,9 @@ class Largest(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func)
         self.operators.add(name)
-        if name == "tgvkv.prefill_scores.default":
+        if name == "tgvkv.weigh.default":
             with self:
-                result = scoring._prefill_scores._init_fn(*args, **(kwargs or {}))
+                result = weighing.plain_weigh(*args, **(kwargs or {}))
         else:
             result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, (tuple, list)) else [result]:
@@ -215,7 +215,7 @@ def test_the_prefill_never_holds_attention(monkeypatch: pytest.MonkeyPatch, atte
     model.compile(backend=tgvkv_backend(0.1, lowering=lowering))
     prefill(model, inputs)
     (mode,) = modes
-    assert "tgvkv.prefill_scores.default" in mode.operators
+    assert "tgvkv.weigh.default" in mode.operators
     if masked == "no-mask" and attention == "sdpa" and not hands_masks(graphs[0]):
         assert not mode.found
     for operator, shape in mode.found:

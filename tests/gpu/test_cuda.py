@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.kernels.bounds import check_bounded
 from tests.kernels.cases import StepCase, random_step
-from tests.ops.prompts import make_layer
+from tests.ops.prompts import Layer, make_layer
 from tests.support.models import IMAGE, Shape, make_inputs, make_model
 from tests.support.reference import reference
 from tests.support.running import kept_of
@@ -17,7 +17,7 @@ from tgvkv_compile import tgvkv_backend
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.ops import decode_step as op
 from tgvkv_compile.ops.attention import kernel_with_lse, scaled_dot_product_attention_with_lse
-from tgvkv_compile.ops.scoring import Prompt
+from tgvkv_compile.ops.roles import Roles
 from tgvkv_compile.ops.state import CompactState
 
 pytestmark = pytest.mark.gpu
@@ -110,9 +110,9 @@ def test_prefill_scores_are_those_of_the_cpu(mask: str, dtype: torch.dtype) -> N
     q, k = layer.q.cuda(), layer.k.cuda()
     bias = None if layer.attn_mask is None else layer.attn_mask.cuda()
     _, lse = scaled_dot_product_attention_with_lse(q, k, k, bias, layer.is_causal, layer.scale)
-    prompt = Prompt(*layer.args(), None)
-    moved = Prompt(*(x.cuda() if isinstance(x, Tensor) else x for x in layer.args()), lse)
-    for got, wanted in zip(torch.ops.tgvkv.prefill_scores(*moved), torch.ops.tgvkv.prefill_scores(*prompt), strict=True):
+    roles = Roles(*(part.cuda() for part in layer.roles))
+    moved = Layer(q, k, roles, bias, layer.is_causal, layer.scale)
+    for got, wanted in zip(moved.scores(lse), layer.scores(), strict=True):
         torch.testing.assert_close(got.cpu(), wanted, atol=1e-3, rtol=2e-2)
 
 

@@ -48,10 +48,9 @@ def test_decode(dim: int, group: int, dtype: torch.dtype, capability: int, monke
 def test_prefill(mask: str, dim: int, dtype: torch.dtype, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefill, "processors", lambda _: PROCESSORS[capability])
     layer = make_layer(heads=4, kv_heads=2, length=600, dim=dim, dtype=dtype, mask=mask)
-    prompt = prefill.Prompt(*layer.args(), torch.rand(1, 4, 600))
     with compiling_only(capability, monkeypatch) as compiled:
-        prefill.fused_prefill_scores(prompt)
-    assert len(compiled) == 3
+        prefill.fused_weigh(layer.weights(), layer.roles.vision, *layer.rows(torch.rand(1, 4, 600)))
+    assert len(compiled) == 2
     for usage in compiled:
         assert usage.spilled <= MOST_SPILLED, f"{usage} spills"
         assert usage.shared <= SHARED[capability]

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.ops.budgeting import allocate
+from tgvkv_compile.ops.policy.rank import prefill_scores, scores_from_attention
+from tgvkv_compile.ops.probabilities import attention_probabilities
 from tgvkv_compile.ops.retention import retain
 from tgvkv_compile.ops.roles import Roles, token_roles, vision_count
-from tgvkv_compile.ops.scoring import attention_probabilities, scores_from_attention
+from tgvkv_compile.ops.weighing import AttentionRows
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -87,19 +89,18 @@ class Layer:
         attention = attention_probabilities(self.q, self.k, visible, self.scale).mean(1)
         return scores_from_attention(attention, visible.any(1), self.roles)
 
-    def args(self) -> tuple[Any, ...]:
-        """Of the op."""
-        roles = self.roles
-        return (
-            self.q,
-            self.k,
-            roles.vision,
-            roles.valid,
-            roles.question,
-            self.attn_mask,
-            self.is_causal,
-            self.scale,
-        )
+    def rows(self, lse: Tensor | None = None) -> AttentionRows:
+        """Of the op, behind `weights` and `wanted`."""
+        return AttentionRows(self.q, self.k, self.roles.valid, self.attn_mask, self.is_causal, self.scale, lse)
+
+    def scores(self, lse: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return prefill_scores(self.q, self.k, self.roles, self.attn_mask, self.is_causal, self.scale, lse)
+
+    def weights(self, count: int = 2) -> Tensor:
+        """`[B, count, N]` weights of rows, 0 at padding and where a sample has no question."""
+        generator = torch.Generator().manual_seed(7)
+        weights = torch.rand(self.q.shape[0], count, self.q.shape[2], generator=generator)
+        return weights * self.roles.question.unsqueeze(1)
 
 
 def make_layer(

@@ -10,8 +10,9 @@ from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.ops.fixed_prefill import attend_and_score, first_protected, fit_layers, roles_from_mask
 from tgvkv_compile.ops.fixed_shapes import retain_by_threshold, retain_layers
 from tgvkv_compile.ops.packing import allocate_layers, protected_from
+from tgvkv_compile.ops.policy.rank import scores_from_attention
+from tgvkv_compile.ops.probabilities import attention_probabilities
 from tgvkv_compile.ops.roles import Roles
-from tgvkv_compile.ops.scoring import attention_probabilities, scores_from_attention
 
 
 def _prompt(seed: int, blocks: int) -> tuple[Tensor, Tensor, Tensor, Roles]:

@@ -9,17 +9,19 @@ from torch import Tensor, library
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.ops.prompts import Layer, causal, make_layer, random_attention, vision_at, vision_masks
-from tgvkv_compile.ops import scoring
+from tgvkv_compile.ops import weighing
+from tgvkv_compile.ops.policy.rank import scores_from_attention
+from tgvkv_compile.ops.probabilities import attention_probabilities
 from tgvkv_compile.ops.retention import retain
 from tgvkv_compile.ops.roles import token_roles
-from tgvkv_compile.ops.scoring import attention_probabilities, prefill_scores, scores_from_attention
+from tgvkv_compile.ops.weighing import weigh
 
 MASKS = ["none", "bool", "additive", "per-head", "prefix", "both"]
 
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "_BLOCK_BYTES", {"cpu": 1})  # so that every block has the least number of rows
+    monkeypatch.setattr(weighing, "_BLOCK_BYTES", {"cpu": 1})  # so that every block has the least number of rows
 
 
 def scores_by_loops(attention: Tensor, vision: Tensor) -> tuple[float, list[float]]:
@@ -115,7 +117,7 @@ def layers(draw: st.DrawFn) -> Layer:
 
 
 def _check_op(layer: Layer) -> None:
-    mass, score = prefill_scores(layer.q, layer.k, layer.roles, layer.attn_mask, layer.is_causal, layer.scale)
+    mass, score = layer.scores()
     expected_mass, expected_score = layer.materialised_scores()
     assert mass.dtype == score.dtype == torch.float32
     assert bool(score.isfinite().all())
@@ -128,13 +130,31 @@ def _check_op(layer: Layer) -> None:
 @settings(max_examples=100)
 def test_op_by_small_blocks_is_the_materialised_maths(layer: Layer) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scoring, "_BLOCK_BYTES", {"cpu": 1})
+        patch.setattr(weighing, "_BLOCK_BYTES", {"cpu": 1})
         _check_op(layer)
 
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_op_in_one_block_is_the_materialised_maths(mask: str) -> None:
     _check_op(make_layer(batch=2, heads=4, kv_heads=2, length=50, padding=(0, 11), mask=mask))
+
+
+@given(layer=layers(), known=st.booleans(), wanted=st.sampled_from(["all", "vision", "text", "none"]))
+@settings(max_examples=60)
+def test_weighing_is_the_weighted_sum_of_materialised_rows(layer: Layer, known: bool, wanted: str) -> None:
+    visible = layer.visible()
+    k = layer.k.repeat_interleave(layer.q.shape[1] // layer.k.shape[1], dim=1)
+    logits = (layer.q.float() @ k.float().transpose(2, 3) * layer.scale).masked_fill(~visible, float("-inf"))
+    attention = logits.softmax(-1).nan_to_num(nan=0.0).mean(1)
+    roles, weights = layer.roles, layer.weights()
+    columns = {"all": None, "vision": roles.vision, "text": roles.valid & ~roles.vision, "none": torch.zeros_like(roles.valid)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weighing, "_BLOCK_BYTES", {"cpu": 1})
+        found = weigh(weights, columns[wanted], layer.rows(logits.logsumexp(-1) if known else None))
+    chosen = roles.valid if columns[wanted] is None else columns[wanted]
+    for got, rows in ((found.sums, attention), (found.seen, visible.any(1).expand_as(attention).float())):
+        expected = torch.einsum("bkr,brs->bks", weights, rows) * chosen.unsqueeze(1)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -146,7 +166,8 @@ def test_question_longer_than_a_block() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(mask: str, dtype: torch.dtype) -> None:
     layer = make_layer(batch=2, heads=4, kv_heads=2, length=24, padding=(0, 3), mask=mask, dtype=dtype)
-    library.opcheck(torch.ops.tgvkv.prefill_scores.default, layer.args())
+    for wanted in (None, layer.roles.vision):
+        library.opcheck(torch.ops.tgvkv.weigh.default, (layer.weights(), wanted, *layer.rows()))
 
 
 class _Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -168,17 +189,17 @@ class _Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def test_op_makes_no_square(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the question as long as the prompt, so that both passes walk everything."""
     limit = 1 << 20
-    monkeypatch.setattr(scoring, "_BLOCK_BYTES", {"cpu": limit})
+    monkeypatch.setattr(weighing, "_BLOCK_BYTES", {"cpu": limit})
     length = 1024
     layer = make_layer(heads=4, kv_heads=2, length=length, vision=vision_at(length, (2, 9))[None], mask=mask)
     with _Largest() as op:
-        torch.ops.tgvkv.prefill_scores(*layer.args())
+        layer.scores()
     assert 0 < op.elements <= limit / 4 < length * length
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 3000, 64), (1, 32, 16000, 128), (4, 16, 900, 64), (1, 1, 7, 8)])
 def test_blocks_stay_within_their_bytes(shape: tuple[int, int, int, int]) -> None:
-    rows = scoring._block_rows(torch.empty(1).expand(shape), shape[2])
+    rows = weighing.block_rows(torch.empty(1).expand(shape), shape[2])
     assert rows == 16 or 16 < rows <= (16 << 20) / (4 * shape[0] * shape[1] * shape[2])
 
 
@@ -194,7 +215,7 @@ def test_selection_on_half_precision_inputs_is_that_of_exact_maths(dtype: torch.
     """Inputs are rounded, the maths is not: for every count the selection is that of float64 on the same values."""
     vision = vision_at(300, (5, 100))[None]
     layer = make_layer(heads=4, kv_heads=2, length=300, dim=16, vision=vision, dtype=dtype)
-    _, score = prefill_scores(layer.q, layer.k, layer.roles, None, True, layer.scale)
+    _, score = layer.scores()
     k = layer.k.double().repeat_interleave(2, dim=1)
     logits = layer.q.double() @ k.transpose(2, 3) * layer.scale
     exact = logits.masked_fill(~causal(300), float("-inf")).softmax(-1).mean(1)
@@ -214,17 +235,16 @@ def test_selection_on_half_precision_inputs_is_that_of_exact_maths(dtype: torch.
 
 def test_fake_result_has_the_shapes_of_the_real_one() -> None:
     layer = make_layer(batch=3, length=17, dtype=torch.bfloat16)
-    real = torch.ops.tgvkv.prefill_scores(*layer.args())
+    args = (layer.weights(3), None, *layer.rows())
+    real = torch.ops.tgvkv.weigh(*args)
     with torch._subclasses.FakeTensorMode() as mode:
-        fake = torch.ops.tgvkv.prefill_scores(
-            *[mode.from_tensor(arg) if isinstance(arg, Tensor) else arg for arg in layer.args()]
-        )
+        fake = torch.ops.tgvkv.weigh(*[mode.from_tensor(arg) if isinstance(arg, Tensor) else arg for arg in args])
     for a, b in zip(real, fake, strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
 
 
 def test_mass_is_the_number_of_question_tokens_at_most() -> None:
     layer = make_layer(length=40)
-    mass, _ = prefill_scores(layer.q, layer.k, layer.roles, None, True, layer.scale)
+    mass, _ = layer.scores()
     assert 0 < float(mass) < int(layer.roles.question.sum())
     assert math.isfinite(float(mass))

@@ -14,9 +14,9 @@ from tests.passes.decoder import full_cache
 from tests.passes.states import full_state
 from tgvkv_compile.ops.attention import scaled_dot_product_attention_with_lse
 from tgvkv_compile.ops.decode_step import decode_step
-from tgvkv_compile.ops.scoring import prefill_scores
+from tgvkv_compile.ops.policy.rank import prefill_scores
 from tgvkv_compile.ops.state import CompactState
-from tgvkv_compile.ops.tensor_parallel import mean_over_ranks, tensor_parallel_decode_step, tensor_parallel_scores
+from tgvkv_compile.ops.tensor_parallel import mean_over_ranks, tensor_parallel_decode_step
 
 STEP: dict[str, Any] = {"layer": 1, "scale": 0.5, "sink_tokens": 2}
 
@@ -50,7 +50,7 @@ def test_scores_of_one_rank_are_the_scores(group: str, known: bool) -> None:
     given = (layer.q, layer.k, layer.roles, layer.attn_mask, layer.is_causal, layer.scale)
     _, lse = scaled_dot_product_attention_with_lse(layer.q, layer.k, layer.k, layer.attn_mask, layer.is_causal, layer.scale)
     lse = lse if known else None
-    for got, wanted in zip(tensor_parallel_scores(*given, lse, group=group), prefill_scores(*given, lse), strict=True):
+    for got, wanted in zip(prefill_scores(*given, lse, group=group), prefill_scores(*given, lse), strict=True):
         torch.testing.assert_close(got, wanted)
 
 
@@ -72,10 +72,6 @@ def test_the_mean_keeps_its_shape(group: str) -> None:
 
 
 def test_opcheck() -> None:
-    layer = prompt()
-    library.opcheck(torch.ops.tgvkv.prefill_sums.default, layer.args())
-    weights = torch.rand(2, 24)
-    library.opcheck(torch.ops.tgvkv.prefill_vision_scores.default, (weights, *layer.args()))
     given = state()
     attend = (*token(), *given[:6], given.lengths, 1, 0.5)
     library.opcheck(torch.ops.tgvkv.attend_step.default, attend)

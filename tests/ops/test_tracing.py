@@ -12,9 +12,9 @@ from tests.ops.prompts import make_layer, vision_at
 from tgvkv_compile.config import Budgeting, EvictionConfig
 from tgvkv_compile.ops.budgeting import allocate, segment_capacity
 from tgvkv_compile.ops.decoding import choose_eviction, next_protected
+from tgvkv_compile.ops.policy.rank import prefill_scores
 from tgvkv_compile.ops.retention import retain
 from tgvkv_compile.ops.roles import token_roles, vision_count
-from tgvkv_compile.ops.scoring import prefill_scores
 
 
 def _prefill(config: EvictionConfig) -> Callable[..., tuple[Tensor, ...]]:
@@ -48,7 +48,7 @@ def _same(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
 def test_prefill_traces_with_symbolic_sizes(budgeting: Budgeting, budget_of: Any) -> None:
     prefill = _prefill(EvictionConfig(budget=0.3, budgeting=budgeting, budget_of=budget_of))
     graph = make_fx(prefill, tracing_mode="symbolic")(*_arguments(3, 40))
-    assert [node.target for node in graph.graph.nodes].count(torch.ops.tgvkv.prefill_scores.default) == 2
+    assert [node.target for node in graph.graph.nodes].count(torch.ops.tgvkv.weigh.default) == 4  # two walks a layer
     for batch, length in [(3, 40), (2, 57), (5, 33)]:
         _same(graph(*_arguments(batch, length)), prefill(*_arguments(batch, length)))
 

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from tests.ops.prompts import causal, configs, indices, random_attention, vision_at, vision_masks
 from tgvkv_compile.config import EvictionConfig
-from tgvkv_compile.ops import scoring
+from tgvkv_compile.ops import weighing
 from tgvkv_compile.ops.attention import scaled_dot_product_attention_with_lse
 from tgvkv_compile.ops.oracle import Oracle
 from tgvkv_compile.ops.packing import protected_from
+from tgvkv_compile.ops.policy.rank import prefill_scores, scores_from_attention
+from tgvkv_compile.ops.probabilities import attention_probabilities
 from tgvkv_compile.ops.retention import retain
 from tgvkv_compile.ops.roles import Roles, token_roles
-from tgvkv_compile.ops.scoring import attention_probabilities, prefill_scores, scores_from_attention
 from tgvkv_compile.ops.turns import (
     allocate_again,
     candidate_mask,
@@ -172,7 +173,7 @@ def test_history_counts_no_padding(padded: bool) -> None:
 @pytest.mark.parametrize("known", [False, True], ids=["all-rows", "log-sum-exp"])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (2, 2)])
 def test_the_op_on_the_last_rows_only(known: bool, heads: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "_BLOCK_BYTES", {"cpu": 1})  # the smallest blocks: 16 rows
+    monkeypatch.setattr(weighing, "_BLOCK_BYTES", {"cpu": 1})  # the smallest blocks: 16 rows
     generator = torch.Generator().manual_seed(0)
     rows, columns = 40, 57
     q = torch.randn(2, heads, rows, 8, generator=generator)

@@ -24,8 +24,9 @@ from tests.passes.decoder import (
     values,
     written_out,
 )
+from tgvkv_compile.ops.policy.rank import scores_from_attention
+from tgvkv_compile.ops.probabilities import attention_probabilities
 from tgvkv_compile.ops.roles import token_roles
-from tgvkv_compile.ops.scoring import attention_probabilities, scores_from_attention
 
 FORMS: list[Any] = [
     pytest.param(flag, None, id="flag"),

@@ -79,7 +79,7 @@ def allocate(mass: Tensor, lengths: Tensor, num_vision: Tensor, *, config: Evict
     near its length, that `int(N * (1 - rho)) == 0` keeps everything for ever.
 
     Args:
-        mass: `[B, L]` float32, `m_l` of [`scores_from_attention`][tgvkv_compile.ops.scoring.scores_from_attention].
+        mass: `[B, L]` float32, `m_l` of [`scores_from_attention`][tgvkv_compile.ops.policy.rank.scores_from_attention].
         lengths: `[B]` int64, the `N` of each sample.
         num_vision: `[B]` int64, of [`vision_count`][tgvkv_compile.ops.roles.vision_count].
         config: `budget`, `budget_of`, `budgeting`, `sink_tokens`; and `decode`, because in `"fixed"` mode a rate of 1

@@ -5,6 +5,7 @@ probabilities give its part of the output and of the sums that the scores are ma
 its log-sum-exp.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,16 +16,11 @@ from tgvkv_compile.ops.budgeting import Allocation, allocate
 from tgvkv_compile.ops.capacities import fit_allocation
 from tgvkv_compile.ops.fixed_shapes import pack_columns
 from tgvkv_compile.ops.graph_masks import vision_positions
+from tgvkv_compile.ops.policy.layer import Layer
+from tgvkv_compile.ops.policy.tgv import twr
+from tgvkv_compile.ops.probabilities import causal_probabilities, exact_matmul
 from tgvkv_compile.ops.roles import Roles, prefix_count, token_roles, vision_count
-from tgvkv_compile.ops.scoring import (
-    Sums,
-    causal_probabilities,
-    column_sums,
-    exact_matmul,
-    finish,
-    question_weights,
-    score_vision,
-)
+from tgvkv_compile.ops.weighing import Weighed, add_rows
 
 _BLOCK_BYTES = 1 << 30
 _MAX_BLOCKS = 16  # every block stands in the graph, in every layer
@@ -36,7 +32,7 @@ class Scored(NamedTuple):
     Attributes:
         output: `[B, H, N, D]`, dtype of the query.
         mass: float32 `[B]`, `m_l`.
-        score: float32 `[B, N]`, as of [`scores_from_attention`][tgvkv_compile.ops.scoring.scores_from_attention].
+        score: float32 `[B, N]`, as of [`scores_from_attention`][tgvkv_compile.ops.policy.rank.scores_from_attention].
     """
 
     output: Tensor
@@ -58,7 +54,7 @@ def roles_from_mask(masks: tuple[Tensor, ...], attention_mask: Tensor) -> Roles:
 def attend_and_score(
     query: Tensor, key: Tensor, value: Tensor, roles: Roles, scale: float, blocks: int, question_rows: int
 ) -> Scored:
-    """Causal attention of a prompt, and the scores of [`prefill_scores`][tgvkv_compile.ops.scoring.prefill_scores].
+    """Causal attention of a prompt, and the scores of [`prefill_scores`][tgvkv_compile.ops.policy.rank.prefill_scores].
 
     All of it in float32, whatever the dtype of the model.
 
@@ -71,54 +67,83 @@ def attend_and_score(
         blocks: Of [`block_count`][]; `N` is a multiple of it.
         question_rows: The most tokens that a question has, in samples with vision.
     """
-    rows = query.shape[2] // blocks
-    outputs, parts = [], []
-    for block in range(blocks):
-        # The last block has no end: a slice up to the length would make its shape a minimum that exporters cannot solve.
-        output, sums = _block(query, key, value, roles, scale, block * rows, (block + 1) * rows if block < blocks - 1 else None)
-        outputs.append(output)
-        parts.append(sums)
-    sums = Sums(*(torch.stack(column).sum(0) for column in zip(*parts, strict=True)))
-    asked = _question_scores(query, key, roles, question_weights(sums, roles.question), scale, question_rows)
-    return Scored(torch.cat(outputs, dim=2), *finish(sums, asked, roles.vision, roles.valid))
+    attended = _InBlocks(query, key, value, roles, scale, blocks, question_rows)
+    ranked = twr(Layer(key, roles, query.shape[2], attended.walk))
+    return Scored(attended.output, ranked.layer_weight, ranked.score)
 
 
-def _block(
-    query: Tensor, key: Tensor, value: Tensor, roles: Roles, scale: float, start: int, end: int | None
-) -> tuple[Tensor, Sums]:
-    """Rows from `start` to `end` on the keys before `end`: `(output [B, H, R, D], Sums [B, N])`."""
-    seen, later = roles, 0
-    if end is not None:
-        key, value, later = key[:, :, :end], value[:, :, :end], query.shape[2] - end
-        seen = roles._replace(valid=roles.valid[:, :end], positions=roles.positions[:, :end])
-    rows = slice(start or None, end)
-    query = query[:, :, rows]
-    visible = _visible(roles.positions[:, rows], seen)
-    probabilities = causal_probabilities(query, key, visible[:, None], scale)
-    batch, heads, count, columns = probabilities.shape
-    grouped = probabilities.view(batch, key.shape[1], heads // key.shape[1], count, columns)
-    output = exact_matmul(grouped, value.to(torch.float32).unsqueeze(2)).flatten(1, 2)
-    sums = column_sums(probabilities.mean(1), visible, roles.valid[:, rows], roles.question[:, rows])
-    if end is not None:
-        sums = Sums(*(torch.nn.functional.pad(part, (0, later)) for part in sums))
-    return output.to(query.dtype), sums
+class _InBlocks:
+    """Attention of a prompt in blocks of rows. What is first asked of its rows is summed in the pass that makes the output.
+
+    What is asked later may weigh rows of the question only: these are gathered and looked at once more.
+
+    Args:
+        Those of [`attend_and_score`][].
+
+    Attributes:
+        output: `[B, H, N, D]`, once something was asked.
+    """
+
+    output: Tensor
+
+    def __init__(
+        self, query: Tensor, key: Tensor, value: Tensor, roles: Roles, scale: float, blocks: int, question_rows: int
+    ) -> None:
+        self._query, self._key, self._value, self._roles, self._scale = query, key, value, roles, scale
+        self._blocks, self._question_rows = blocks, question_rows
+        self._passed = False
+
+    def walk(self, asked: Sequence[tuple[Tensor, Tensor | None]]) -> Sequence[Weighed]:
+        """See `Walk`."""
+        if self._passed:
+            return [self._weigh_question(weights) for weights, _ in asked]
+        self._passed = True
+        weights = torch.stack([weights.to(torch.float32) for weights, _ in asked], dim=1)
+        rows = self._query.shape[2] // self._blocks
+        outputs, parts = [], []
+        for block in range(self._blocks):
+            # The last block has no end: a slice up to the length would make its shape a minimum that exporters cannot solve.
+            end = (block + 1) * rows if block < self._blocks - 1 else None
+            output, part = self._attend(block * rows, end, weights)
+            outputs.append(output)
+            parts.append(part)
+        self.output = torch.cat(outputs, dim=2)
+        total = Weighed(*(torch.stack(part).sum(0) for part in zip(*parts, strict=True)))
+        return [Weighed(total.sums[:, one : one + 1], total.seen[:, one : one + 1]) for one in range(len(asked))]
+
+    def _attend(self, start: int, end: int | None, weights: Tensor) -> tuple[Tensor, Weighed]:
+        """Rows from `start` to `end` on the keys before `end`: `(output [B, H, R, D], sums [B, K, N])`."""
+        query, key, value, roles = self._query, self._key, self._value, self._roles
+        seen, later = roles, 0
+        if end is not None:
+            key, value, later = key[:, :, :end], value[:, :, :end], query.shape[2] - end
+            seen = roles._replace(valid=roles.valid[:, :end], positions=roles.positions[:, :end])
+        rows = slice(start or None, end)
+        query = query[:, :, rows]
+        visible = _visible(roles.positions[:, rows], seen)
+        probabilities = causal_probabilities(query, key, visible[:, None], self._scale)
+        batch, heads, count, columns = probabilities.shape
+        grouped = probabilities.view(batch, key.shape[1], heads // key.shape[1], count, columns)
+        output = exact_matmul(grouped, value.to(torch.float32).unsqueeze(2)).flatten(1, 2)
+        part = add_rows(probabilities.mean(1), visible, weights[:, :, rows])
+        if end is not None:
+            part = Weighed(*(torch.nn.functional.pad(sums, (0, later)) for sums in part))
+        return output.to(query.dtype), part
+
+    def _weigh_question(self, weights: Tensor) -> Weighed:
+        """`[B, 1, N]` of `weights [B, N]`, 0 outside of the question."""
+        query, roles = self._query, self._roles
+        columns, filled = pack_columns(roles.question, self._question_rows)
+        chosen = torch.where(filled, weights.gather(1, columns), 0.0)
+        index = columns[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+        visible = _visible(roles.positions.gather(1, columns), roles)
+        attention = causal_probabilities(query.gather(2, index), self._key, visible[:, None], self._scale).mean(1)
+        return add_rows(attention, visible, chosen.unsqueeze(1))
 
 
 def _visible(row_positions: Tensor, columns: Roles) -> Tensor:
     """Rows at `row_positions [B, R]` see the valid `columns` up to themselves: bool `[B, R, S]`."""
     return (columns.positions.unsqueeze(1) <= row_positions.unsqueeze(2)) & columns.valid.unsqueeze(1)
-
-
-def _question_scores(query: Tensor, key: Tensor, roles: Roles, weights: Tensor, scale: float, rows: int) -> Tensor:
-    """`s_v [B, N]`: the question's rows once more, weighed by `weights [B, N]`."""
-    columns, filled = pack_columns(roles.question, rows)
-    chosen = torch.where(filled, weights.gather(1, columns), 0.0)
-    positions = roles.positions.gather(1, columns)
-    index = columns[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
-    asking = query.gather(2, index)
-    visible = _visible(positions, roles)
-    attention = causal_probabilities(asking, key, visible[:, None], scale).mean(1)
-    return score_vision(attention, chosen)
 
 
 def fit_layers(

@@ -12,9 +12,9 @@ from torch import Tensor
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.ops.budgeting import allocate
 from tgvkv_compile.ops.decoding import choose_eviction
+from tgvkv_compile.ops.policy.rank import scores_from_attention
 from tgvkv_compile.ops.retention import retain
 from tgvkv_compile.ops.roles import Roles, token_roles, vision_count
-from tgvkv_compile.ops.scoring import scores_from_attention
 
 
 class Oracle:

@@ -13,7 +13,7 @@ def retain(score: Tensor, roles: Roles, kept: Tensor, *, sink_tokens: int) -> Te
     which would round it. Of equal scores the earlier position goes first. Padding is never kept. A NaN counts as 0.
 
     Args:
-        score: `[B, N]` float32, of [`scores_from_attention`][tgvkv_compile.ops.scoring.scores_from_attention].
+        score: `[B, N]` float32, of [`scores_from_attention`][tgvkv_compile.ops.policy.rank.scores_from_attention].
         roles: Of the `N` tokens.
         kept: `[B]` int64, how many tokens to keep: at least the forced ones, at most the valid ones.
         sink_tokens: How many first positions are forced.

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tgvkv_compile.ops.scoring import attention_probabilities, exact_matmul, masked_softmax
+from tgvkv_compile.ops.probabilities import attention_probabilities, exact_matmul, masked_softmax
 
 
 class Attended(NamedTuple):

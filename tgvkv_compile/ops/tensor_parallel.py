@@ -1,24 +1,23 @@
 """Tensor parallelism: each rank of a process group holds some of the query heads, and all must evict the same entries.
 
 `A` is a mean over *all* query heads. What is linear in it may be computed from a rank's own heads and averaged over the
-ranks; what is not must wait for the average. In prefill the sums over rows (`received`, `asked`) are linear; the
-question's weights are not the scores of anything yet, but the vision score multiplies them with `A` once more, so they
-are made of the averaged sums, and only then does each rank weigh its own heads' rows. So a layer takes two all-reduces in
-prefill, of `[2, B, N]` and `[B, N]` float32, and one in a decode step, of `[B, T]`.
+ranks; what is not must wait for the average. In prefill the sums over rows are linear, and a ranking is made of averaged
+sums: TGV-KV's question weighs rows once more by what it has received, so a layer takes two all-reduces in prefill, of
+`[B, 2, N]` and `[B, 1, N]` float32. A decode step takes one, of `[B, T]`.
 
 An all-reduce hands every rank the same bits, and all decisions are made of what it handed out.
 """
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, library
 
 from tgvkv_compile.ops.decode_step import append_and_attend, evict
-from tgvkv_compile.ops.roles import Roles
-from tgvkv_compile.ops.scoring import Prompt, Sums, finish, question_weights, sum_rows, weigh_rows
 from tgvkv_compile.ops.segments import segment_positions
 from tgvkv_compile.ops.state import CompactState
+from tgvkv_compile.ops.weighing import Walk, Weighed
 
 
 def mean_over_ranks(mean: Tensor, heads: int, group: str) -> Tensor:
@@ -39,86 +38,23 @@ def mean_over_ranks(mean: Tensor, heads: int, group: str) -> Tensor:
     return cast(Tensor, (total[:-1] / total[-1]).reshape(mean.shape))
 
 
-@library.custom_op("tgvkv::prefill_sums", mutates_args=())
-def _prefill_sums(
-    q: Tensor,
-    k: Tensor,
-    vision: Tensor,
-    valid: Tensor,
-    question: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    lse: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The linear sums (`received`, `asked`) `[2, B, S]` and `askers` `[B, S]` of this rank's heads."""
-    sums = sum_rows(Prompt(q, k.to(torch.float32), vision, valid, question, attn_mask, is_causal, scale, lse))
-    return torch.stack([sums.received, sums.asked]), sums.askers.clone()
+def over_ranks(walk: Walk, heads: int, group: str) -> Walk:
+    """What `walk` sums over this rank's heads, averaged over all ranks' heads; what is asked together by one collective.
 
-
-@_prefill_sums.register_fake
-def _(q: Tensor, k: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    size = (q.shape[0], k.shape[2])
-    return q.new_empty((2, *size), dtype=torch.float32), q.new_empty(size, dtype=torch.float32)
-
-
-@library.custom_op("tgvkv::prefill_vision_scores", mutates_args=())
-def _prefill_vision_scores(
-    weights: Tensor,
-    q: Tensor,
-    k: Tensor,
-    vision: Tensor,
-    valid: Tensor,
-    question: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    lse: Tensor | None = None,
-) -> Tensor:
-    """`s_v [B, S]` of this rank's heads, of the weights `u_j` `[B, S]` of all."""
-    return weigh_rows(Prompt(q, k.to(torch.float32), vision, valid, question, attn_mask, is_causal, scale, lse), weights)
-
-
-@_prefill_vision_scores.register_fake
-def _(weights: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(weights)
-
-
-def tensor_parallel_scores(
-    q: Tensor,
-    k: Tensor,
-    roles: Roles,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    lse: Tensor | None = None,
-    *,
-    group: str,
-) -> tuple[Tensor, Tensor]:
-    """[`prefill_scores`][tgvkv_compile.ops.scoring.prefill_scores] where heads are split over ranks.
+    Which rows see a column is the same on all ranks.
 
     Args:
-        q: `[B, H, N, D]`, this rank's heads.
-        k: `[B, Hkv, N, D]`, this rank's heads.
-        roles: As there; equal on all ranks.
-        attn_mask: As there, `[B | 1, 1, N, N]`; equal on all ranks.
-        is_causal: As there.
-        scale: As there.
-        lse: `[B, H, N]`, of this rank's heads, or None.
+        walk: Sums rows of this rank's head-mean attention.
+        heads: How many heads this rank has.
         group: Name of the process group.
-
-    Returns:
-        mass: `[B]` float32, the same bits on every rank.
-        score: `[B, N]` float32, the same bits on every rank.
     """
-    prompt = (q, k, roles.vision, roles.valid, roles.question, attn_mask, is_causal, scale, lse)
-    heads = q.shape[1]
-    linear, askers = torch.ops.tgvkv.prefill_sums(*prompt)
-    received, asked = mean_over_ranks(linear, heads, group).unbind()
-    sums = Sums(received, asked, askers)
-    weights = question_weights(sums, roles.question)
-    own = torch.ops.tgvkv.prefill_vision_scores(weights, *prompt)
-    return finish(sums, mean_over_ranks(own, heads, group), roles.vision, roles.valid)
+
+    def walk_all(asked: Sequence[tuple[Tensor, Tensor | None]]) -> Sequence[Weighed]:
+        found = walk(asked)
+        mean = mean_over_ranks(torch.cat([one.sums for one in found], dim=1), heads, group)
+        return [Weighed(mean[:, at : at + 1], one.seen) for at, one in enumerate(found)]
+
+    return walk_all
 
 
 @library.custom_op("tgvkv::attend_step", mutates_args=("key_arena", "value_arena", "slot_position"))

@@ -1,14 +1,11 @@
 """Insert scoring: per layer, how much the question looks at vision, and what every token is worth."""
 
-from typing import Any
-
 from torch.fx import GraphModule, Node
 
 from tgvkv_compile.fx.insert import insert_call, insert_item
 from tgvkv_compile.ops.graph_masks import valid_columns, vision_positions
+from tgvkv_compile.ops.policy.rank import prefill_scores
 from tgvkv_compile.ops.roles import token_roles
-from tgvkv_compile.ops.scoring import prefill_scores
-from tgvkv_compile.ops.tensor_parallel import tensor_parallel_scores
 from tgvkv_compile.passes.inserted import Scores
 from tgvkv_compile.plan import Plan
 
@@ -28,7 +25,7 @@ def insert_scoring(gm: GraphModule, plan: Plan) -> Scores:
         %out_l, %lse_l = scaled_dot_product_attention_with_lse(%q_l, %keys_l, ...)
         %tgvkv_scores_l : (f32[B], f32[B, N]) = prefill_scores(%q_l, %keys_l, %tgvkv_roles, %attn_mask, ..., %lse_l)
 
-    Where heads are split over ranks it is `tensor_parallel_scores(..., group=...)`, which averages over the ranks what is
+    Where heads are split over ranks it is `prefill_scores(..., group=...)`, which averages over the ranks what is
     linear in attention, by two functional all-reduces per layer.
 
     Requires: `normalise_attention` ran. Ensures: attention's output is untouched; nothing inserted holds `[.., N, N]`: with
@@ -63,15 +60,12 @@ def score_layers(gm: GraphModule, plan: Plan, roles: tuple[Node, ...]) -> tuple[
         `(mass, score)` per layer: `f32[B]`, `f32[B, S]`.
     """
     masses, scores = [], []
-    function: Any = prefill_scores
-    split: dict[str, str] = {}
-    if plan.tensor_parallel is not None:
-        function, split = tensor_parallel_scores, {"group": plan.tensor_parallel.group}
+    split = {} if plan.tensor_parallel is None else {"group": plan.tensor_parallel.group}
     for layer, site in enumerate(plan.sites):
         with gm.graph.inserting_after(site.lse or site.node):
             both = insert_call(
                 gm,
-                function,
+                prefill_scores,
                 site.query,
                 site.key.node,
                 roles[layer],

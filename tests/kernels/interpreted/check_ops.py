@@ -8,19 +8,19 @@ from torch import library
 
 from tests.kernels.cases import random_step
 from tests.ops.prompts import make_layer
-from tgvkv_compile.ops import decode_step, scoring
+from tgvkv_compile.ops import decode_step, weighing
 from tgvkv_compile.ops.kernels import decode, prefill
 
 
 @pytest.fixture
 def on_cpu() -> Iterator[None]:
-    scores = scoring._prefill_scores
-    before = scores._backend_fns.get("cpu")
-    scores.register_kernel("cpu", scoring._prefill_scores_on_cuda)
+    weigh = weighing._weigh
+    before = weigh._backend_fns.get("cpu")
+    weigh.register_kernel("cpu", weighing.weigh_on_cuda)
     with library._scoped_library("tgvkv", "IMPL") as scoped:
         scoped.impl("decode_step", decode_step._decode_step_on_cuda, "CPU")
         yield
-    scores.register_kernel("cpu", before or scores._init_fn)
+    weigh.register_kernel("cpu", before or weighing.plain_weigh)
 
 
 @pytest.mark.usefixtures("on_cpu")
@@ -37,26 +37,25 @@ def test_decode_step(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("mask", ["none", "bool"])
-def test_prefill_scores(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weigh(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
-    score = prefill.fused_prefill_scores
-    monkeypatch.setattr(prefill, "fused_prefill_scores", lambda prompt: called.append(1) or score(prompt))
+    fused = prefill.fused_weigh
+    monkeypatch.setattr(prefill, "fused_weigh", lambda *args: called.append(1) or fused(*args))
     layer = make_layer(batch=2, heads=4, kv_heads=2, length=30, dim=64, mask=mask)
     lse = torch.rand(2, 4, 30) + 3.0
-    library.opcheck(torch.ops.tgvkv.prefill_scores.default, (*layer.args(), lse))
+    library.opcheck(torch.ops.tgvkv.weigh.default, (layer.weights(), layer.roles.vision, *layer.rows(lse)))
     assert called
 
 
 @pytest.mark.usefixtures("on_cpu")
 def test_what_the_kernels_are_not_made_for_goes_the_plain_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "fused_decode_step", lambda *_: pytest.fail("launched"))
-    monkeypatch.setattr(prefill, "fused_prefill_scores", lambda *_: pytest.fail("launched"))
+    monkeypatch.setattr(prefill, "fused_weigh", lambda *_: pytest.fail("launched"))
     case = random_step(batch=1, kv_heads=1, group=1, dim=64, longest=20, dtype=torch.float64)
     args = (case.query, case.key, case.value, *case.fresh(), case.layer, case.scale, "ratio", 4)
     torch.testing.assert_close(torch.ops.tgvkv.decode_step(*args), case.exact()[0], rtol=1e-5, atol=1e-6)
     layer = make_layer(length=30)
-    args = layer.args()
-    torch.testing.assert_close(torch.ops.tgvkv.prefill_scores(*args), layer.materialised_scores())
+    torch.testing.assert_close(layer.scores(), layer.materialised_scores())
     per_head = make_layer(length=30, heads=4, kv_heads=2, mask="per-head")
     lse = torch.rand(1, 4, 30) + 3.0
-    torch.ops.tgvkv.prefill_scores(*per_head.args(), lse)
+    per_head.scores(lse)

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -6,10 +8,13 @@ from torch import Tensor
 
 from tests.kernels.bounds import check_bounded
 from tests.ops.prompts import Layer, make_layer, vision_at
-from tgvkv_compile.ops import scoring
 from tgvkv_compile.ops.kernels import prefill as kernels
-from tgvkv_compile.ops.kernels.prefill import fused_applies, fused_prefill_scores, weigh
-from tgvkv_compile.ops.scoring import Prompt
+from tgvkv_compile.ops.kernels.prefill import fused_applies, fused_weigh
+from tgvkv_compile.ops.policy.layer import Layer as RankedLayer
+from tgvkv_compile.ops.policy.rank import scores_from_attention
+from tgvkv_compile.ops.policy.tgv import twr
+from tgvkv_compile.ops.roles import Roles
+from tgvkv_compile.ops.weighing import AttentionRows, Weighed, plain_weigh
 
 MASKS = ["none", "bool", "additive", "prefix", "both"]
 
@@ -22,16 +27,28 @@ def exact(layer: Layer) -> tuple[Tensor, Tensor, Tensor, float]:
     largest = float(logits.abs().max())
     logits = logits.masked_fill(~visible, float("-inf"))
     attention = logits.softmax(-1).nan_to_num().mean(1)
-    mass, score = scoring.scores_from_attention(attention, visible.any(1), layer.roles)
+    mass, score = scores_from_attention(attention, visible.any(1), layer.roles)
     return logits.logsumexp(-1), mass, score, largest
+
+
+def scores(weigh: Any, rows: AttentionRows, roles: Roles) -> tuple[Tensor, Tensor]:
+    """Mass and scores by one implementation of the op."""
+    ranked = twr(
+        RankedLayer(
+            rows.k,
+            roles,
+            rows.q.shape[2],
+            lambda asked: [Weighed(*weigh(weights.unsqueeze(1), wanted, *rows)) for weights, wanted in asked],
+        )
+    )
+    return ranked.layer_weight, ranked.score
 
 
 def check(layer: Layer) -> None:
     lse, mass, score, largest = exact(layer)
-    prompt = Prompt(*layer.args(), lse.float())
-    assert fused_applies(layer.q, layer.k, layer.attn_mask, prompt.lse)
-    plain = scoring._plain_prefill_scores(*prompt)
-    fused = fused_prefill_scores(prompt)
+    rows = layer.rows(lse.float())
+    assert fused_applies(layer.q, layer.k, layer.attn_mask, rows.lse)
+    plain, fused = (scores(weigh, rows, layer.roles) for weigh in (plain_weigh, fused_weigh))
     check_bounded(fused[0], plain[0], mass, largest_logit=largest)
     check_bounded(fused[1], plain[1], score, largest_logit=largest)
     assert bool((fused[1][~layer.roles.valid] == 0).all())
@@ -75,21 +92,23 @@ def test_random_prompts(layer: Layer, processors: int) -> None:
 
 def test_a_turn_has_fewer_rows_than_columns() -> None:
     layer = make_layer(heads=4, kv_heads=2, length=90, dim=64, mask="bool")
-    whole = Prompt(*layer.args(), exact(layer)[0].float())
+    whole = layer.rows(exact(layer)[0].float())
     rows = slice(60, None)
     part = whole._replace(q=whole.q[:, :, rows], attn_mask=layer.attn_mask[:, :, rows], lse=whole.lse[:, :, rows])
-    mass, score = fused_prefill_scores(part)
-    torch.testing.assert_close((mass, score), scoring._plain_prefill_scores(*part), rtol=1e-5, atol=1e-6)
+    plain, fused = (scores(weigh, part, layer.roles) for weigh in (plain_weigh, fused_weigh))
+    torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)
 
 
 def test_blocks_without_a_wanted_column_are_zero_and_rows_may_be_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "processors", lambda device: 132)
     layer = make_layer(heads=2, kv_heads=1, length=600, dim=64)
-    prompt = Prompt(*layer.args(), exact(layer)[0].float())
+    rows = layer.rows(exact(layer)[0].float())
     assert kernels.plan_weighing(1, 2, 600, 64, torch.float32, 132).parts > 1
     wanted = torch.zeros(1, 600, dtype=torch.bool)
     wanted[:, 400:403] = True
-    sums, seen = weigh(prompt, torch.ones(1, 600), wanted, torch.tensor(0))
-    attention, visible = prompt.attention(0, 600)
-    torch.testing.assert_close(sums, torch.where(wanted, attention.sum(1), 0.0))
-    torch.testing.assert_close(seen, torch.where(wanted, visible.float().sum(1), 0.0))
+    weights = torch.ones(1, 2, 600) * torch.tensor([1.0, 0.5])[:, None]
+    sums, seen = fused_weigh(weights, wanted, *rows)
+    attention, visible = rows.attention(0, 600)
+    for index, weight in enumerate((1.0, 0.5)):
+        torch.testing.assert_close(sums[:, index], torch.where(wanted, weight * attention.sum(1), 0.0))
+        torch.testing.assert_close(seen[:, index], torch.where(wanted, weight * visible.float().sum(1), 0.0))

@@ -1,4 +1,4 @@
-"""Prefill's scores by a Triton kernel: `tgvkv::prefill_scores` on CUDA, where attention gave its log-sum-exp."""
+"""Weighted sums of attention rows by a Triton kernel: `tgvkv::weigh` on CUDA, where attention gave its log-sum-exp."""
 
 import dataclasses
 
@@ -7,7 +7,6 @@ from torch import Tensor
 
 from tgvkv_compile.ops.kernels.decode import MOST_REGISTERS, next_power, processors
 from tgvkv_compile.ops.kernels.prefill_kernels import weigh_attention
-from tgvkv_compile.ops.scoring import Prompt, Sums, finish, question_weights
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_DIM = 256
@@ -48,45 +47,54 @@ def fused_applies(q: Tensor, k: Tensor, attn_mask: Tensor | None, lse: Tensor | 
     return lse is not None and alike and (attn_mask is None or attn_mask.shape[1] == 1)
 
 
-def fused_prefill_scores(prompt: Prompt) -> tuple[Tensor, Tensor]:
-    """The scores of one layer; nothing larger than `[B, H, parts, S]` float32 is held, and nothing read on the host.
+def fused_weigh(
+    weights: Tensor,
+    wanted: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    valid: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    lse: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The op's sums and seen weights, float32 `[B, K, S]`, as [`weigh`][tgvkv_compile.ops.weighing.weigh].
+
+    Nothing larger than `[B, H, parts, S]` float32 is held, and nothing read on the host.
 
     Args:
-        prompt: With `lse`; `k` in its own dtype.
-
-    Returns:
-        `mass [B]` and `score [B, S]`, as `prefill_scores`.
+        weights: `[B, K, R]`.
+        wanted: bool `[B, S]`, or None.
+        q: `[B, H, R, D]`.
+        k: `[B, Hkv, S, D]`, dtype of `q`.
+        valid: bool `[B, S]`.
+        mask: `[B | 1, 1, R, S]`, or None.
+        is_causal: As of the op.
+        scale: As of the op.
+        lse: float32 `[B, H, R]`.
     """
-    question = prompt.of_rows(prompt.question)
-    asking = question.any(0).to(torch.uint8).argmax()
-    everyone = torch.zeros_like(asking)
-    text = prompt.valid & ~prompt.vision
-    received, _ = weigh(prompt, prompt.of_rows(prompt.valid), text, everyone)
-    asked, askers = weigh(prompt, question, prompt.valid, asking)
-    sums = Sums(received, asked, askers)
-    weights = question_weights(sums, prompt.question)
-    scores, _ = weigh(prompt, prompt.of_rows(weights), prompt.valid & prompt.vision, asking)
-    return finish(sums, scores, prompt.vision, prompt.valid)
-
-
-def weigh(prompt: Prompt, weights: Tensor, wanted: Tensor, first_row: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums head-mean attention over rows, each row with its weight.
-
-    Args:
-        prompt: With `lse`.
-        weights: `[B, R]`, at least 0.
-        wanted: bool `[B, S]`; the sums of other columns are 0. Padding must not be among them.
-        first_row: int64 `[]`: rows before it weigh nothing.
-
-    Returns:
-        The sums, and for each column the sum of the weights of the rows that see it; float32 `[B, S]`.
-    """
-    q, k, lse, mask = prompt.q, prompt.k, prompt.lse, prompt.attn_mask
     assert lse is not None
+    columns = valid if wanted is None else wanted & valid
+    q, k = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k))
+    each = [_weigh_once(row, columns, q, k, mask, is_causal, scale, lse) for row in weights.to(torch.float32).unbind(1)]
+    return torch.stack([sums for sums, _ in each], dim=1), torch.stack([seen for _, seen in each], dim=1)
+
+
+def _weigh_once(
+    weights: Tensor,
+    wanted: Tensor,
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Both `[B, S]` of one weight per row, `[B, R]`."""
+    first_row = (weights != 0).any(0).to(torch.uint8).argmax()
     batch, heads, rows, dim = q.shape
     columns = k.shape[2]
     plan = plan_weighing(batch, heads, rows, dim, q.dtype, processors(q.device))
-    q, k = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k))
     sums = torch.empty((batch, heads, plan.parts, columns), dtype=torch.float32, device=q.device)
     seen = torch.empty((batch, plan.parts, columns), dtype=torch.float32, device=q.device)
     kind, lowest, strides = 0, 0.0, (0, 0, 0)
@@ -99,13 +107,13 @@ def weigh(prompt: Prompt, weights: Tensor, wanted: Tensor, first_row: Tensor) ->
         q,
         k,
         lse.contiguous(),
-        weights.to(torch.float32).contiguous(),
+        weights.contiguous(),
         wanted.contiguous().view(torch.uint8),
         first_row,
         sums if mask is None else mask,
         sums,
         seen,
-        prompt.scale,
+        scale,
         lowest,
         q.stride(0),
         q.stride(1),
@@ -123,10 +131,9 @@ def weigh(prompt: Prompt, weights: Tensor, wanted: Tensor, first_row: Tensor) ->
         DIM=plan.dim,
         ROWS=plan.rows,
         COLUMNS=plan.columns,
-        CAUSAL=prompt.is_causal,
+        CAUSAL=is_causal,
         MASK=kind,
         WIDE=q.dtype == torch.float32,
-        COUNT=True,
         num_warps=plan.warps,
         num_stages=2,
         maxnreg=MOST_REGISTERS if plan.warps == 4 else None,

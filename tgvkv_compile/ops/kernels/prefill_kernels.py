@@ -17,7 +17,7 @@ def weigh_attention(
     first_row,  # int64 []: rows before it weigh nothing
     mask,  # [B | 1, 1, R, S], uint8 or float, or anything where MASK is 0
     sums,  # float32 [B, H, P, S]
-    seen,  # float32 [B, P, S], where COUNT
+    seen,  # float32 [B, P, S]
     scale,
     lowest,  # what an additive mask must be above
     query_batch,
@@ -41,7 +41,6 @@ def weigh_attention(
     CAUSAL: tl.constexpr,
     MASK: tl.constexpr,  # 0: none, 1: bool, 2: additive
     WIDE: tl.constexpr,
-    COUNT: tl.constexpr,
 ):
     """`sum_i w_i exp(q_i k_s * scale - lse_i)` over the rows that see column `s`. Grid `(blocks of S, P, B * H)`.
 
@@ -96,9 +95,7 @@ def weigh_attention(
             normaliser = tl.load(lse + row_of_head.to(tl.int64) * rows + row, mask=in_r, other=0.0)
             logit = tl.dot(q, k, input_precision="ieee") * scale - normaliser[:, None]
             total += tl.sum(tl.where(visible, tl.exp(logit), 0.0) * weight[:, None], 0)
-            if COUNT:
-                count += tl.sum(tl.where(visible, weight[:, None], 0.0), 0)
+            count += tl.sum(tl.where(visible, weight[:, None], 0.0), 0)
     parts = tl.num_programs(1)
     tl.store(sums + (row_of_head.to(tl.int64) * parts + share) * columns + offs_c, total, mask=in_c)
-    if COUNT:
-        tl.store(seen + (sample.to(tl.int64) * parts + share) * columns + offs_c, count, mask=in_c & (head == 0))
+    tl.store(seen + (sample.to(tl.int64) * parts + share) * columns + offs_c, count, mask=in_c & (head == 0))
