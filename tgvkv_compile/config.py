@@ -3,13 +3,14 @@
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 from tgvkv_compile.errors import ConfigError, UnknownOptionError
 
 BudgetOf = Literal["all", "vision"]
 Budgeting = Literal["tvb", "waterfill", "uniform"]
+Ranking = Literal["twr", "snapkv", "h2o", "streaming", "knorm", "random"]
 DecodeMode = Literal["ratio", "fixed", "keep"]
 Lowering = Literal["inductor", "aot_eager", "eager"]
 CompileMode = Literal["reduce-overhead", "max-autotune"]
@@ -31,6 +32,8 @@ class EvictionConfig:
             total is kept when layers clamp) or `"uniform"`.
         decode: What decoding evicts: `"ratio"` (as released), `"fixed"` (one in, one out) or `"keep"` (nothing).
         sink_tokens: How many first positions are always kept.
+        ranking: Which tokens of a prompt stay (`docs/policies.md`): `"twr"` (as released), `"snapkv"`, `"h2o"`, `"streaming"`,
+            `"knorm"`, `"random"`, or a function from a `Layer` to what it is `Ranked`.
     """
 
     budget: float | int = 0.05
@@ -38,6 +41,7 @@ class EvictionConfig:
     budgeting: Budgeting = "tvb"
     decode: DecodeMode = "ratio"
     sink_tokens: int = SINK_TOKENS
+    ranking: Ranking | Callable[..., Any] = "twr"
 
     def __post_init__(self) -> None:
         _check_budget(self.budget)
@@ -45,6 +49,17 @@ class EvictionConfig:
         check_choice("budgeting", self.budgeting, Budgeting)
         check_choice("decode", self.decode, DecodeMode)
         check_count("sink_tokens", self.sink_tokens, minimum=0)
+        if not callable(self.ranking):
+            check_choice("ranking", self.ranking, Ranking, otherwise="or give a function")
+
+    @property
+    def ranking_name(self) -> str:
+        """Of a function, its own."""
+        return self.ranking if isinstance(self.ranking, str) else getattr(self.ranking, "__qualname__", repr(self.ranking))
+
+    def constants(self) -> dict[str, Any]:
+        """What functions in a graph make such a record of again: plain values; who ranks is handed the ranking itself."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "ranking"}
 
 
 def _check_budget(budget: object) -> None:
@@ -63,13 +78,13 @@ def _check_budget(budget: object) -> None:
         )
 
 
-def check_choice(name: str, value: object, choices: Any, *, optional: bool = False) -> None:
+def check_choice(name: str, value: object, choices: Any, *, optional: bool = False, otherwise: str = "") -> None:
     """Raises [`ConfigError`][] unless `value` is one of the literals `choices` (or None where `optional`)."""
     allowed = get_args(choices)
     if value in allowed or (optional and value is None):
         return
     text = ", ".join(repr(choice) for choice in ((None, *allowed) if optional else allowed))
-    raise ConfigError(f"{name}={value!r} is not known; choose one of {text}")
+    raise ConfigError(f"{name}={value!r} is not known; choose one of {text}{', ' if otherwise else ''}{otherwise}")
 
 
 def check_count(name: str, value: object, *, minimum: int) -> None:

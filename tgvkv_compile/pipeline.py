@@ -76,9 +76,9 @@ class Rewrite:
         """Inserted nodes that no node may use yet."""
         scores, budgets = self.scores, self.budgets
         nodes = [node for site in self.plan.sites for node in (site.lse, site.mask) if node is not None]
-        nodes += [scores.roles, *scores.mass, *scores.score] if scores is not None else []
+        nodes += [scores.roles, *scores.mass, *scores.score, *scores.tier] if scores is not None else []
         nodes += [budgets.allocation] if budgets is not None else []
-        nodes += [node for layer in self.capped or () for node in (layer.key, layer.value, layer.score, layer.roles)]
+        nodes += [node for layer in self.capped or () for node in vars(layer).values()]
         if self.candidates is not None:
             nodes += [*self.candidates.roles, self.candidates.history, self.candidates.keep_rate]
         return frozenset(nodes)
@@ -98,7 +98,7 @@ def _normalise(rewrite: Rewrite) -> None:
 
 
 def _score(rewrite: Rewrite) -> None:
-    rewrite.scores = insert_scoring(rewrite.gm, rewrite.plan)
+    rewrite.scores = insert_scoring(rewrite.gm, rewrite.plan, rewrite.config)
 
 
 def _budget(rewrite: Rewrite) -> None:

@@ -111,7 +111,7 @@ def test_the_state_is_written_in_place_at_static_addresses(lowerings: list[Any])
 def test_only_steps_become_cuda_graphs(lowerings: list[Any]) -> None:
     """A prompt's shape comes once, and what it returns must outlive the next prompt."""
     generate(compiled(), make_inputs(PROMPTS))
-    prefills = [one for one in lowerings if any("prefill_scores" in str(node.target) for node in one[0].graph.nodes)]
+    prefills = [one for one in lowerings if any("rank_tokens" in str(node.target) for node in one[0].graph.nodes)]
     assert [patches[GRAPHS] for _, patches, _ in prefills] == [False] * len(prefills)
     assert prefills
 

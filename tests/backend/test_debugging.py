@@ -78,7 +78,7 @@ def test_a_dump_folder_gets_every_graph_in_order(tmp_path: Path) -> None:
     texts = {name: (folder / name).read_text() for name in names}
     assert all("class GraphModule" in text or "def forward" in text for text in texts.values())
     scored = PREFILL.index("insert_scoring")
-    assert "prefill_scores" not in texts[names[scored - 1]] and "prefill_scores" in texts[names[scored]]
+    assert "rank_tokens" not in texts[names[scored - 1]] and "rank_tokens" in texts[names[scored]]
     assert "decode_step" in texts[names[-1]] and "decode_step" not in texts[names[-2]]
 
 

@@ -178,14 +178,14 @@ def test_the_second_compilation_of_a_model_wins() -> None:
 
 
 def test_a_prefill_that_fails_leaves_the_callers_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    score, failing = insert_scoring.prefill_scores, [False]
+    score, failing = insert_scoring.rank_tokens, [False]
 
-    def scored(*args: Any) -> Any:
+    def scored(*args: Any, **options: Any) -> Any:
         if failing[0] and not isinstance(args[0], FakeTensor):
             raise MemoryError("out of memory, says the test")
-        return score(*args)
+        return score(*args, **options)
 
-    monkeypatch.setattr(insert_scoring, "prefill_scores", scored)
+    monkeypatch.setattr(insert_scoring, "rank_tokens", scored)
     model, inputs, cache = compiled_model(), make_inputs(PROMPT), DynamicCache()
     generate(model, inputs)
     failing[0] = True

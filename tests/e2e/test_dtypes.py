@@ -33,12 +33,14 @@ class Recorder:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.prompt: list[tuple[Tensor, Tensor, float]] = []
         self.steps: list[list[tuple[Tensor, Tensor]]] = []
-        score, step = insert_scoring.prefill_scores, insert_decode.decode_step
+        score, step = insert_scoring.rank_tokens, insert_decode.decode_step
 
-        def scored(q: Tensor, k: Tensor, roles: Any, mask: Any, is_causal: bool, scale: float, *rest: Any) -> Any:
+        def scored(
+            q: Tensor, k: Tensor, roles: Any, mask: Any, is_causal: bool, scale: float, *rest: Any, **options: Any
+        ) -> Any:
             if not isinstance(q, FakeTensor):
                 self.prompt.append((q.clone(), k.clone(), scale))
-            return score(q, k, roles, mask, is_causal, scale, *rest)
+            return score(q, k, roles, mask, is_causal, scale, *rest, **options)
 
         def stepped(q: Tensor, k: Tensor, *rest: Any, layer: int, **options: Any) -> Any:
             if not isinstance(q, FakeTensor):
@@ -47,7 +49,7 @@ class Recorder:
                 self.steps[-1].append((q.clone(), k.clone()))
             return step(q, k, *rest, layer=layer, **options)
 
-        monkeypatch.setattr(insert_scoring, "prefill_scores", scored)
+        monkeypatch.setattr(insert_scoring, "rank_tokens", scored)
         monkeypatch.setattr(insert_decode, "decode_step", stepped)
 
 

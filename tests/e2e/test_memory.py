@@ -289,7 +289,7 @@ def test_the_rewritten_graph(monkeypatch: pytest.MonkeyPatch, attention: str, ba
     assert all(op_kind(node) != "softmax" for node in gm.graph.nodes)
     targets = [getattr(node.target, "__name__", "") for node in gm.graph.nodes]
     assert sum(name.startswith("scaled_dot_product_attention") for name in targets) == shape.layers
-    assert targets.count("prefill_scores") == shape.layers
+    assert targets.count("rank_tokens") == shape.layers
     wide = []
     for node in gm.graph.nodes:
         value = fake_value(node)

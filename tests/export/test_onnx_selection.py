@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tgvkv_compile.ops.fixed_shapes import pack_columns, retain_by_threshold
+from tgvkv_compile.ops.policy.tgv import text_first
 from tgvkv_compile.ops.retention import retain
 from tgvkv_compile.ops.roles import Roles
 
@@ -28,7 +29,7 @@ def _roles(vision: Tensor) -> Roles:
 
 class _Selection(torch.nn.Module):
     def forward(self, score: Tensor, vision: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        keep = retain_by_threshold(score, _roles(vision), kept, sink_tokens=4)
+        keep = retain_by_threshold(score, text_first(_roles(vision)), _roles(vision), kept, sink_tokens=4)
         return keep, *pack_columns(keep, CAPACITY)
 
 
@@ -52,7 +53,7 @@ def _check(session: Any, score: Tensor, vision: Tensor, kept: Tensor) -> None:
     feeds = [score.numpy(), vision.numpy(), kept.numpy()]
     names = [entry.name for entry in session.get_inputs()]
     keep, columns, filled = map(torch.from_numpy, session.run(None, dict(zip(names, feeds, strict=True))))
-    assert torch.equal(keep, retain(score, _roles(vision), kept, sink_tokens=4))
+    assert torch.equal(keep, retain(score, text_first(_roles(vision)), _roles(vision), kept, sink_tokens=4))
     for sample in range(len(score)):
         assert columns[sample][filled[sample]].tolist() == keep[sample].nonzero()[:, 0].tolist()
 

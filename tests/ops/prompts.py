@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.ops.budgeting import allocate
-from tgvkv_compile.ops.policy.rank import prefill_scores, scores_from_attention
+from tgvkv_compile.ops.policy.rank import rank_tokens, scores_from_attention
+from tgvkv_compile.ops.policy.tgv import text_first
 from tgvkv_compile.ops.probabilities import attention_probabilities
 from tgvkv_compile.ops.retention import retain
 from tgvkv_compile.ops.roles import Roles, token_roles, vision_count
@@ -28,6 +29,12 @@ def recorded() -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     cases = json.loads((DATA / "attention_cases.json").read_text())
     with np.load(DATA / "attention_cases.npz") as arrays:
         return cases, {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+
+
+def prefill_scores(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """Mass and scores of `rank_tokens`, by TGV-KV's own ranking."""
+    ranks = rank_tokens(*args, **options)
+    return ranks.mass, ranks.score
 
 
 def case_name(case: dict[str, Any]) -> str:
@@ -153,7 +160,10 @@ def keep_per_layer(attention: Tensor, roles: Roles, config: EvictionConfig) -> l
     scored = [scores_from_attention(layer, visible, roles) for layer in attention]
     masses = torch.stack([mass for mass, _ in scored], dim=1)
     kept = allocate(masses, roles.lengths, vision_count(roles, config=config), config=config).kept
-    keeps = [retain(score, roles, kept[:, layer], sink_tokens=config.sink_tokens) for layer, (_, score) in enumerate(scored)]
+    keeps = [
+        retain(score, text_first(roles), roles, kept[:, layer], sink_tokens=config.sink_tokens)
+        for layer, (_, score) in enumerate(scored)
+    ]
     return [[indices(keep[sample]) for keep in keeps] for sample in range(attention.shape[1])]
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from tests.ops.prompts import indices, vision_at, vision_masks
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.ops.capping import cap_layer, cap_tokens
+from tgvkv_compile.ops.policy.tgv import text_first
 from tgvkv_compile.ops.retention import retain
 from tgvkv_compile.ops.roles import token_roles
 
@@ -33,13 +34,13 @@ def test_what_is_kept_of_the_candidates_is_what_is_kept_of_all(vision: Tensor, d
     roles = token_roles(torch.cat([torch.zeros(left, dtype=torch.bool), vision])[None], valid)
     cap, budget = data.draw(st.floats(1.0, 4.0)), data.draw(st.floats(0.05, 1.0))
     key = torch.randn(1, 2, left + length, 3)
-    capped = cap_layer(key, -key, score, roles, cap, budget, sinks)
+    capped = cap_layer(key, -key, score, text_first(roles), roles, cap, budget, sinks)
     count = capped.score.shape[1]
     assert count == cap_tokens(left + length, cap, config=EvictionConfig(budget, sink_tokens=sinks))
     there = min(count, length)
     kept = torch.tensor([data.draw(st.integers(min(length, sinks + 1), length))])
-    chosen = retain(capped.score, capped.roles, kept, sink_tokens=sinks)[0]
-    wanted = indices(retain(score, roles, kept.clamp(max=there), sink_tokens=sinks)[0])
+    chosen = retain(capped.score, capped.tier, capped.roles, kept, sink_tokens=sinks)[0]
+    wanted = indices(retain(score, text_first(roles), roles, kept.clamp(max=there), sink_tokens=sinks)[0])
     # The same tokens, in position order, with their own keys, values and roles.
     columns = [int(position) + left for position in capped.roles.positions[0, chosen]]
     assert columns == wanted
@@ -54,7 +55,7 @@ def test_a_sample_shorter_than_the_cap_is_padded() -> None:
     valid = vision_at(12, (7, 5))[None]
     roles = token_roles(vision_at(12, (8, 2))[None], valid)
     key = torch.randn(1, 1, 12, 2)
-    capped = cap_layer(key, key, torch.rand(1, 12), roles, 2.0, 0.4, 4)
+    capped = cap_layer(key, key, torch.rand(1, 12), text_first(roles), roles, 2.0, 0.4, 4)
     assert capped.score.shape[1] == math.floor(12 * 0.8) + 1
     assert capped.roles.positions[0].tolist() == [0, 1, 2, 3, 4, -1, -1, -1, -1, -1]
     assert capped.roles.valid[0].tolist() == [True] * 5 + [False] * 5

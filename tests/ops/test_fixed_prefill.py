@@ -11,6 +11,7 @@ from tgvkv_compile.ops.fixed_prefill import attend_and_score, first_protected, f
 from tgvkv_compile.ops.fixed_shapes import retain_by_threshold, retain_layers
 from tgvkv_compile.ops.packing import allocate_layers, protected_from
 from tgvkv_compile.ops.policy.rank import scores_from_attention
+from tgvkv_compile.ops.policy.tgv import text_first
 from tgvkv_compile.ops.probabilities import attention_probabilities
 from tgvkv_compile.ops.roles import Roles
 
@@ -85,6 +86,6 @@ def test_all_layers_at_once_are_each_alone(seed: int) -> None:
     scores = tuple(torch.rand(roles.valid.shape, generator=generator).round(decimals=1) for _ in range(3))
     kept = torch.stack([torch.randint(5, int(length) + 1, (3,), generator=generator) for length in roles.lengths.clamp(min=5)])
     kept = kept.minimum(roles.lengths[:, None])
-    together = retain_layers(scores, roles, kept, sink_tokens=4)
+    together = retain_layers(scores, (text_first(roles),) * len(scores), roles, kept, sink_tokens=4)
     for layer, keep in enumerate(together):
-        assert torch.equal(keep, retain_by_threshold(scores[layer], roles, kept[:, layer], sink_tokens=4))
+        assert torch.equal(keep, retain_by_threshold(scores[layer], text_first(roles), roles, kept[:, layer], sink_tokens=4))

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from tests.ops.prompts import indices, vision_at, vision_masks
 from tgvkv_compile.ops.fixed_shapes import pack_columns, pack_layer, retain_by_threshold
+from tgvkv_compile.ops.policy.tgv import text_first
 from tgvkv_compile.ops.retention import retain
 from tgvkv_compile.ops.roles import Roles, token_roles
 
@@ -27,8 +28,8 @@ def test_the_threshold_keeps_what_sorting_keeps(vision: Tensor, left: int, sinks
         torch.cat([torch.zeros(left, dtype=torch.bool), vision])[None], vision_at(left + length, (left, length))[None]
     )
     padded = torch.tensor([[LARGEST] * left + score])  # padding scores highest, to tempt
-    expected = retain(padded, roles, kept, sink_tokens=sinks)
-    assert indices(retain_by_threshold(padded, roles, kept, sink_tokens=sinks)[0]) == indices(expected[0])
+    expected = retain(padded, text_first(roles), roles, kept, sink_tokens=sinks)
+    assert indices(retain_by_threshold(padded, text_first(roles), roles, kept, sink_tokens=sinks)[0]) == indices(expected[0])
 
 
 @given(st.integers(1, 6), st.integers(6, 400), st.integers(0, 2**31))
@@ -39,8 +40,8 @@ def test_rows_of_a_batch_are_searched_each_for_itself(batch: int, length: int, s
     score = score.round(decimals=2) if seed % 2 else score
     roles = token_roles(torch.rand(batch, length, generator=generator) < 0.6, None)
     kept = torch.randint(5, length + 1, (batch,), generator=generator)
-    expected = retain(score, roles, kept, sink_tokens=4)
-    assert torch.equal(retain_by_threshold(score, roles, kept, sink_tokens=4), expected)
+    expected = retain(score, text_first(roles), roles, kept, sink_tokens=4)
+    assert torch.equal(retain_by_threshold(score, text_first(roles), roles, kept, sink_tokens=4), expected)
 
 
 @pytest.mark.parametrize(("odd", "counts_as"), [(float("nan"), 0.0), (-1.0, 0.0), (float("inf"), LARGEST)])
@@ -48,7 +49,9 @@ def test_scores_that_are_no_sums_of_probabilities(odd: float, counts_as: float) 
     roles = token_roles(torch.zeros(1, 6, dtype=torch.bool), None)
     for kept in range(1, 7):
         found, expected = (
-            retain_by_threshold(torch.tensor([[0.0, 0.1, value, 0.2, 0.0, 0.0]]), roles, torch.tensor([kept]), sink_tokens=0)
+            retain_by_threshold(
+                torch.tensor([[0.0, 0.1, value, 0.2, 0.0, 0.0]]), text_first(roles), roles, torch.tensor([kept]), sink_tokens=0
+            )
             for value in (odd, counts_as)
         )
         assert torch.equal(found, expected) and int(found.sum()) == kept
@@ -89,7 +92,7 @@ class _Selection(torch.nn.Module):
         positions = torch.arange(score.shape[1]).expand(score.shape)
         lengths = torch.full_like(kept, score.shape[1])
         roles = Roles(everything, vision, ~vision, positions, lengths)
-        return pack_columns(retain_by_threshold(score, roles, kept, sink_tokens=4), 32)
+        return pack_columns(retain_by_threshold(score, text_first(roles), roles, kept, sink_tokens=4), 32)
 
 
 def test_no_operator_that_engines_lack() -> None:

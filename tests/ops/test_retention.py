@@ -9,13 +9,14 @@ from torch import Tensor
 from tests.ops.prompts import configs, indices, keep_per_layer, random_attention, vision_at, vision_masks
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.ops.oracle import Oracle
+from tgvkv_compile.ops.policy.tgv import text_first
 from tgvkv_compile.ops.retention import retain
 from tgvkv_compile.ops.roles import token_roles
 
 
 def _keep(score: list[float], vision: Tensor, kept: int, sinks: int = 1) -> list[int]:
     roles = token_roles(vision[None], None)
-    return indices(retain(torch.tensor([score]), roles, torch.tensor([kept]), sink_tokens=sinks)[0])
+    return indices(retain(torch.tensor([score]), text_first(roles), roles, torch.tensor([kept]), sink_tokens=sinks)[0])
 
 
 def _keep_by_lists(score: list[float], vision: list[bool], kept: int, sinks: int) -> list[int]:
@@ -62,7 +63,7 @@ def test_retention_is_the_rule_in_words(vision: Tensor, data: st.DataObject) -> 
     )
     # Padding scores highest, to tempt.
     padded = torch.tensor([[1e9] * left + score])
-    keep = retain(padded, roles, torch.tensor([kept]), sink_tokens=sinks)[0]
+    keep = retain(padded, text_first(roles), roles, torch.tensor([kept]), sink_tokens=sinks)[0]
     assert indices(keep[left:]) == _keep_by_lists(score, vision.tolist(), kept, sinks)
     assert int(keep.sum()) == kept
     assert not keep[:left].any()

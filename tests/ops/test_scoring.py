@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.ops.prompts import Layer, causal, make_layer, random_attention, vision_at, vision_masks
 from tgvkv_compile.ops import weighing
 from tgvkv_compile.ops.policy.rank import scores_from_attention
+from tgvkv_compile.ops.policy.tgv import text_first
 from tgvkv_compile.ops.probabilities import attention_probabilities
 from tgvkv_compile.ops.retention import retain
 from tgvkv_compile.ops.roles import token_roles
@@ -224,7 +225,10 @@ def test_selection_on_half_precision_inputs_is_that_of_exact_maths(dtype: torch.
     def wrong(candidate: Tensor) -> int:
         """For how many counts `candidate` selects otherwise than the exact score."""
         keeps = [
-            [retain(s, layer.roles, torch.tensor([count]), sink_tokens=4) for s in (candidate, exact_score)]
+            [
+                retain(s, text_first(layer.roles), layer.roles, torch.tensor([count]), sink_tokens=4)
+                for s in (candidate, exact_score)
+            ]
             for count in range(5, 300)
         ]
         return sum(not torch.equal(actual, expected) for actual, expected in keeps)

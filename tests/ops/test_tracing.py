@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from tests.ops.prompts import make_layer, vision_at
+from tests.ops.prompts import make_layer, prefill_scores, vision_at
 from tgvkv_compile.config import Budgeting, EvictionConfig
 from tgvkv_compile.ops.budgeting import allocate, segment_capacity
 from tgvkv_compile.ops.decoding import choose_eviction, next_protected
-from tgvkv_compile.ops.policy.rank import prefill_scores
+from tgvkv_compile.ops.policy.tgv import text_first
 from tgvkv_compile.ops.retention import retain
 from tgvkv_compile.ops.roles import token_roles, vision_count
 
@@ -24,7 +24,8 @@ def _prefill(config: EvictionConfig) -> Callable[..., tuple[Tensor, ...]]:
         mass = torch.stack([mass for mass, _ in scored], dim=1)
         kept, rate = allocate(mass, roles.lengths, vision_count(roles, config=config), config=config)
         keeps = [
-            retain(score, roles, kept[:, layer], sink_tokens=config.sink_tokens) for layer, (_, score) in enumerate(scored)
+            retain(score, text_first(roles), roles, kept[:, layer], sink_tokens=config.sink_tokens)
+            for layer, (_, score) in enumerate(scored)
         ]
         return (*keeps, rate, segment_capacity(kept, rate, roles.lengths, 32, config=config))
 
@@ -53,6 +54,7 @@ def test_prefill_traces_with_symbolic_sizes(budgeting: Budgeting, budget_of: Any
         _same(graph(*_arguments(batch, length)), prefill(*_arguments(batch, length)))
 
 
+@torch._dynamo.config.patch(specialize_float=True)  # as the backend has it
 def test_prefill_compiles_with_dynamic_sizes_once() -> None:
     prefill = _prefill(EvictionConfig(budget=0.3))
     compiled = torch.compile(prefill, backend="aot_eager", dynamic=True, fullgraph=True)

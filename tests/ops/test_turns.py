@@ -8,13 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.ops.prompts import causal, configs, indices, random_attention, vision_at, vision_masks
+from tests.ops.prompts import causal, configs, indices, prefill_scores, random_attention, vision_at, vision_masks
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.ops import weighing
 from tgvkv_compile.ops.attention import scaled_dot_product_attention_with_lse
 from tgvkv_compile.ops.oracle import Oracle
 from tgvkv_compile.ops.packing import protected_from
-from tgvkv_compile.ops.policy.rank import prefill_scores, scores_from_attention
+from tgvkv_compile.ops.policy.rank import scores_from_attention
+from tgvkv_compile.ops.policy.tgv import text_first
 from tgvkv_compile.ops.probabilities import attention_probabilities
 from tgvkv_compile.ops.retention import retain
 from tgvkv_compile.ops.roles import Roles, token_roles
@@ -87,7 +88,7 @@ def test_the_functions_on_a_batch_are_the_oracle(data: st.DataObject, config: Ev
     options = {name: getattr(config, name) for name in config.__dataclass_fields__}
     allocation = allocate_again(tuple(masses), tuple(candidates), history, roles, rates, **options)
     keeps = [
-        retain(score, roles, allocation.kept[:, layer], sink_tokens=config.sink_tokens)
+        retain(score, text_first(roles), roles, allocation.kept[:, layer], sink_tokens=config.sink_tokens)
         for layer, (score, roles) in enumerate(zip(scores, candidates, strict=True))
     ]
     protected = protected_from(tuple(keeps), tuple(candidates))

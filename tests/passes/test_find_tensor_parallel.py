@@ -188,7 +188,7 @@ def test_a_shard_is_known_by_its_own_address(mesh: DeviceMesh) -> None:
 def test_what_is_inserted() -> None:
     gm, inputs = capture(Decoder(kind=(Row, Row)), tokens(), features())
     graph = rewritten(gm, inputs).gm.graph
-    scored = [node for node in graph.nodes if getattr(node.target, "__name__", "") == "prefill_scores"]
+    scored = [node for node in graph.nodes if getattr(node.target, "__name__", "") == "rank_tokens"]
     assert len(scored) == 2 and all(node.kwargs["group"] for node in scored)
     gm, inputs = capture(Decoder(kind=(Row, Row)), tokens()[:, :1], None, full_cache(7))
     result = rewritten(gm, inputs, compressed=pasts(gm), config=EvictionConfig(0.4))

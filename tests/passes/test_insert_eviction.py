@@ -105,7 +105,7 @@ def test_golden() -> None:
 %tgvkv_kept_0 : i64[1] = getitem(%tgvkv_counts, 0)
 %tgvkv_firsts : tuple = by_layer(%tgvkv_starts)
 %tgvkv_start_0 : i64[1] = getitem(%tgvkv_firsts, 0)
-%tgvkv_keep_0 : bool[1, 19] = retain(%tgvkv_score_0, %tgvkv_roles, %tgvkv_kept_0, sink_tokens=4)
+%tgvkv_keep_0 : bool[1, 19] = retain(%tgvkv_score_0, %tgvkv_tier_0, %tgvkv_roles, %tgvkv_kept_0, sink_tokens=4)
 %tgvkv_evict_0 : NoneType = evict_into(%tgvkv_arena, %keys, %values, %tgvkv_keep_0, %tgvkv_positions, %tgvkv_start_0)
 %tgvkv_state : Bookkeeping = open_segments((%tgvkv_keep_0), (%tgvkv_roles), %tgvkv_starts)
 %tgvkv_out_0 : f32[1, 2, sym, 4] = getitem(%tgvkv_arena, 0)

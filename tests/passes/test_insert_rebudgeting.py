@@ -129,7 +129,7 @@ def test_operations() -> None:
     assert called.count("join_candidates") == 6 and called.count("turn_roles") == 1
     assert called.count("scaled_dot_product_attention") == before == 3  # still on the handles
     called = calls(rewritten(gm, inputs, compressed=held).gm)
-    assert called.count("scaled_dot_product_attention_with_lse") == called.count("prefill_scores") == 3
+    assert called.count("scaled_dot_product_attention_with_lse") == called.count("rank_tokens") == 3
     assert called.count("retain") == 3 and called.count("allocate_again") == called.count("protected_from") == 1
     assert "scaled_dot_product_attention" not in called and "cat" not in called
     # Without handles the past is taken as it is; without new vision, neither pass has anything to do.
@@ -172,15 +172,16 @@ def test_golden() -> None:
 %tgvkv_attention_0 : tuple = scaled_dot_product_attention_with_lse(%q, %tgvkv_keys_0, %tgvkv_values_0, %tgvkv_mask_0, False, 0.5)
 %tgvkv_output_0 : f32[2, 4, 19, 4] = getitem(%tgvkv_attention_0, 0)
 %tgvkv_lse_0 : f32[2, 4, 19] = getitem(%tgvkv_attention_0, 1)
-%tgvkv_scores_0 : tuple = prefill_scores(%q, %tgvkv_keys_0, %tgvkv_roles_0, %tgvkv_mask_0, False, 0.5, %tgvkv_lse_0)
-%tgvkv_mass_0 : f32[2] = getitem(%tgvkv_scores_0, 0)
-%tgvkv_score_0 : f32[2, sym] = getitem(%tgvkv_scores_0, 1)
+%tgvkv_ranks_0 : TokenRanks = rank_tokens(%q, %tgvkv_keys_0, %tgvkv_roles_0, %tgvkv_mask_0, False, 0.5, %tgvkv_lse_0, budget=0.4, budget_of='all', ranking='twr')
+%tgvkv_mass_0 : f32[2] = getitem(%tgvkv_ranks_0, 0)
+%tgvkv_score_0 : f32[2, sym] = getitem(%tgvkv_ranks_0, 1)
+%tgvkv_tier_0 : i64[2, sym] = getitem(%tgvkv_ranks_0, 2)
 %tgvkv_budgets : Allocation = allocate_again((%tgvkv_mass_0), (%tgvkv_roles_0), %tgvkv_history, %tgvkv_new, %tgvkv_keep_rate, budget=0.4, budget_of='all', budgeting='tvb', decode='ratio', sink_tokens=4)
 %tgvkv_kept : i64[2, 1] = getitem(%tgvkv_budgets, 0)
 %tgvkv_rate : f32[2, 1] = getitem(%tgvkv_budgets, 1)
 %tgvkv_counts : tuple = by_layer(%tgvkv_kept)
 %tgvkv_kept_0 : i64[2] = getitem(%tgvkv_counts, 0)
-%tgvkv_keep_0 : bool[2, sym] = retain(%tgvkv_score_0, %tgvkv_roles_0, %tgvkv_kept_0, sink_tokens=4)
+%tgvkv_keep_0 : bool[2, sym] = retain(%tgvkv_score_0, %tgvkv_tier_0, %tgvkv_roles_0, %tgvkv_kept_0, sink_tokens=4)
 %tgvkv_at_0 : i64[2, sym] = getitem(%tgvkv_roles_0, 3)
 %tgvkv_protected : i64[2, 1] = protected_from((%tgvkv_keep_0), (%tgvkv_roles_0))
 %tgvkv_lengths_next : i64[2] = getitem(%tgvkv_new, 4)

@@ -61,9 +61,9 @@ def test_scores_are_those_of_the_attention(form: Any, mask: Tensor | None, kv_he
 
 def test_operations() -> None:
     gm, inputs = capture(Decoder(layers=3), tokens(), features())
-    assert "prefill_scores" not in calls(rewritten(gm, inputs, "normalise_attention").gm)
+    assert "rank_tokens" not in calls(rewritten(gm, inputs, "normalise_attention").gm)
     called = calls(rewritten(gm, inputs, "insert_scoring").gm)
-    assert called.count("prefill_scores") == 3
+    assert called.count("rank_tokens") == 3
     assert called.count("token_roles") == called.count("vision_positions") == 1
     assert "valid_columns" not in called
     gm, inputs = capture(Decoder(masked), tokens(), features(), None, causal(1, 19))
@@ -81,9 +81,10 @@ def test_golden() -> None:
 %tgvkv_attention_0 : tuple = scaled_dot_product_attention_with_lse(%q, %keys, %values, %l_mask_, False, 0.5)
 %tgvkv_output_0 : f32[1, 4, 19, 4] = getitem(%tgvkv_attention_0, 0)
 %tgvkv_lse_0 : f32[1, 4, 19] = getitem(%tgvkv_attention_0, 1)
-%tgvkv_scores_0 : tuple = prefill_scores(%q, %keys, %tgvkv_roles, %l_mask_, False, 0.5, %tgvkv_lse_0)
-%tgvkv_mass_0 : f32[1] = getitem(%tgvkv_scores_0, 0)
-%tgvkv_score_0 : f32[1, 19] = getitem(%tgvkv_scores_0, 1)""",
+%tgvkv_ranks_0 : TokenRanks = rank_tokens(%q, %keys, %tgvkv_roles, %l_mask_, False, 0.5, %tgvkv_lse_0, budget=0.4, budget_of='all', ranking='twr')
+%tgvkv_mass_0 : f32[1] = getitem(%tgvkv_ranks_0, 0)
+%tgvkv_score_0 : f32[1, 19] = getitem(%tgvkv_ranks_0, 1)
+%tgvkv_tier_0 : i64[1, 19] = getitem(%tgvkv_ranks_0, 2)""",
     )
 
 
@@ -98,4 +99,4 @@ def test_nothing_of_size_n_times_n_is_inserted() -> None:
 def test_other_graphs_get_no_scores() -> None:
     gm, inputs = capture(Decoder(), tokens()[:, :1], None, full_cache(7))
     for compressed in (frozenset(), pasts(gm)):
-        assert "prefill_scores" not in calls(rewritten(gm, inputs, compressed=compressed).gm)
+        assert "rank_tokens" not in calls(rewritten(gm, inputs, compressed=compressed).gm)

@@ -25,6 +25,7 @@ from tgvkv_compile.config import (
     DecodeMode,
     Lowering,
     OnUnsupported,
+    Ranking,
 )
 from tgvkv_compile.errors import NoAttentionError, SplitDecoderError, TgvkvError, UnsupportedGraphError
 from tgvkv_compile.fx.dump import Dumper
@@ -48,6 +49,7 @@ def tgvkv_backend(
     budgeting: Budgeting = "tvb",
     decode: DecodeMode = "ratio",
     sink_tokens: int = SINK_TOKENS,
+    ranking: Ranking | Callable[..., Any] = "twr",
     lowering: Lowering = "inductor",
     mode: CompileMode | None = None,
     options: dict[str, Any] | None = None,
@@ -70,6 +72,8 @@ def tgvkv_backend(
         budgeting: `"tvb"` (paper, as released), `"waterfill"` (clamped layers hand their surplus on) or `"uniform"`.
         decode: `"ratio"` (as released), `"fixed"` (one in, one out) or `"keep"` (nothing is evicted while decoding).
         sink_tokens: How many first tokens are always kept.
+        ranking: Which tokens of a prompt stay: `"twr"` (as released), `"snapkv"`, `"h2o"`, `"streaming"`, `"knorm"`,
+            `"random"`, or a function (`docs/policies.md`).
         lowering: `"inductor"`; `"aot_eager"` and `"eager"` are for debugging.
         mode: Inductor's mode, as in `torch.compile(mode=...)`.
         options: Inductor's options, as in `torch.compile(options=...)`.
@@ -94,6 +98,7 @@ def tgvkv_backend(
         "budgeting": budgeting,
         "decode": decode,
         "sink_tokens": sink_tokens,
+        "ranking": ranking,
         "lowering": lowering,
         "mode": mode,
         "options": options,

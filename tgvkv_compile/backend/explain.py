@@ -153,7 +153,8 @@ class Explanation:
     def __str__(self) -> str:
         config = self.eviction
         lines = [
-            f"{self.model}, budget={config.budget} of {config.budget_of}, budgeting={config.budgeting}, decode={config.decode}"
+            f"{self.model}, budget={config.budget} of {config.budget_of}, ranking={config.ranking_name}, "
+            f"budgeting={config.budgeting}, decode={config.decode}"
         ]
         described = [_graph_lines(graph) for graph in self.graphs]
         for first, last in _runs(described):

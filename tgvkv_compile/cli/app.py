@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from tgvkv_compile.cli.problems import told_plainly
-from tgvkv_compile.config import Budgeting, BudgetOf, DecodeMode
+from tgvkv_compile.config import Budgeting, BudgetOf, DecodeMode, Ranking
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -24,6 +24,7 @@ Model = Annotated[str, typer.Option(help="Folder of a model, or its id on the Hu
 Budget = Annotated[str, typer.Option(help="KV kept: 0.05 is a fraction, 64 is tokens per layer on average.")]
 Of = Annotated[BudgetOf, typer.Option(help="What the fraction is of: all of the prompt's KV, or the vision tokens' KV.")]
 Sharing = Annotated[Budgeting, typer.Option(help="How the layers share the budget.")]
+Ranks = Annotated[Ranking, typer.Option(help="Which tokens of the prompt stay: twr is TGV-KV's, the others are baselines.")]
 Decode = Annotated[DecodeMode, typer.Option(help="What decoding evicts: by ratio, one in one out, or nothing.")]
 Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Allow the model's repository to run its own code.")]
 
@@ -128,6 +129,7 @@ def run(
     ] = None,
     budget: Budget = "0.05",
     budget_of: Of = "all",
+    ranking: Ranks = "twr",
     budgeting: Sharing = "tvb",
     decode: Decode = "ratio",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
@@ -166,7 +168,7 @@ def run(
         if model is None:
             raise CommandError("neither --model nor --onnx was given; give a model, or what `tgvkv export onnx` wrote")
 
-        options = {"budget_of": budget_of, "budgeting": budgeting, "decode": decode, "lowering": lowering}
+        options = {"budget_of": budget_of, "ranking": ranking, "budgeting": budgeting, "decode": decode, "lowering": lowering}
         kept = parse_budget(budget)
         check_prompt(prompt)
         images = read_images(image)
@@ -238,6 +240,7 @@ def export_to_onnx(
     prompt: Question = "What is in the picture?",
     budget: Budget = "0.05",
     budget_of: Of = "all",
+    ranking: Ranks = "twr",
     budgeting: Sharing = "tvb",
     decode: Decode = "ratio",
     max_new_tokens: Answer = 128,
@@ -267,6 +270,7 @@ def export_to_tensorrt(
     prompt: Question = "What is in the picture?",
     budget: Budget = "0.05",
     budget_of: Of = "all",
+    ranking: Ranks = "twr",
     budgeting: Sharing = "tvb",
     decode: Decode = "ratio",
     max_new_tokens: Answer = 128,
@@ -295,6 +299,7 @@ def explain(
     prompt: Annotated[str, typer.Option(help="The question.")] = "What is in the picture?",
     budget: Budget = "0.05",
     budget_of: Of = "all",
+    ranking: Ranks = "twr",
     budgeting: Sharing = "tvb",
     decode: Decode = "ratio",
     dtype: Annotated[Dtype, typer.Option(help="Type of the weights; auto is the checkpoint's.")] = "auto",
@@ -315,5 +320,5 @@ def explain(
         check_prompt(prompt)
         images = read_images(image or [])
         loaded = load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-        options = {"budget_of": budget_of, "budgeting": budgeting, "decode": decode}
+        options = {"budget_of": budget_of, "ranking": ranking, "budgeting": budgeting, "decode": decode}
         typer.echo(explanation(loaded, images, prompt, kept, options))

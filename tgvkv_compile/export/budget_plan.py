@@ -37,6 +37,11 @@ class BudgetPlan:
         check_count("max_new_tokens", self.max_new_tokens, minimum=0)
         if not self.capacities:
             raise ConfigError("capacities=() names no layer; give the slots of each layer that evicts")
+        if not isinstance(self.eviction.ranking, str):
+            raise ConfigError(
+                f"ranking={self.eviction.ranking!r} is a function, which a plan's JSON cannot hold; export takes rankings by "
+                "name: 'twr', 'snapkv', 'h2o', 'streaming', 'knorm' or 'random'"
+            )
         needed = _least_capacity(self.eviction, self.max_new_tokens)
         for layer, capacity in enumerate(self.capacities):
             check_count(f"capacities[{layer}]", capacity, minimum=1)
@@ -124,6 +129,8 @@ class BudgetPlan:
         if not isinstance(capacities, list):
             raise ConfigError(f"capacities={capacities!r} of the budget plan must be a list of ints, one per layer")
         known = {field.name for field in dataclasses.fields(EvictionConfig)}
+        if isinstance(eviction, dict):
+            eviction.setdefault("ranking", EvictionConfig.ranking)  # plans are older than rankings
         if not isinstance(eviction, dict) or set(eviction) != known:
             raise ConfigError(f"eviction={eviction!r} of the budget plan must have exactly {', '.join(sorted(known))}")
         return cls(tuple(capacities), read["max_prompt"], read["max_new_tokens"], EvictionConfig(**eviction))

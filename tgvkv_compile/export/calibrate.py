@@ -10,7 +10,7 @@ from tgvkv_compile.backend import dynamo
 from tgvkv_compile.backend.apart import compile_apart
 from tgvkv_compile.backend.backend import tgvkv_backend
 from tgvkv_compile.backend.wrappers import module_of
-from tgvkv_compile.config import SINK_TOKENS, Budgeting, BudgetOf, DecodeMode, EvictionConfig, check_count
+from tgvkv_compile.config import SINK_TOKENS, Budgeting, BudgetOf, DecodeMode, EvictionConfig, Ranking, check_count
 from tgvkv_compile.errors import ConfigError
 from tgvkv_compile.export.budget_plan import BudgetPlan
 from tgvkv_compile.ops.budgeting import segment_capacity
@@ -29,6 +29,7 @@ def calibrate(
     budgeting: Budgeting = "tvb",
     decode: DecodeMode = "ratio",
     sink_tokens: int = SINK_TOKENS,
+    ranking: Ranking = "twr",
 ) -> BudgetPlan:
     """Makes a plan from sample prompts: per layer, the most that any of them wants, decode growth and slack.
 
@@ -38,7 +39,8 @@ def calibrate(
     Args:
         model: A transformers vision-language model; it may be compiled.
         samples: Inputs of calls, as the processor makes them, each with a picture.
-        budget: As for `tgvkv_backend`, and so are `budget_of`, `budgeting`, `decode` and `sink_tokens`.
+        budget: As for `tgvkv_backend`, and so are `budget_of`, `budgeting`, `decode`, `sink_tokens` and
+            `ranking`.
         max_new_tokens: The most decode steps.
         slack: Share of a capacity that is added to it, for prompts that want more than the samples do.
         max_prompt: The longest prompt, in tokens; the longest sample by default. Where it is longer, what the samples want
@@ -47,12 +49,13 @@ def calibrate(
         budgeting: How layers share it.
         decode: What decoding evicts.
         sink_tokens: How many first tokens are always kept.
+        ranking: Which tokens stay, by name.
 
     Raises:
         ConfigError: An option is out of range, there is no sample, or one holds no picture.
         UnsupportedGraphError: The model cannot be rewritten.
     """
-    eviction = EvictionConfig(budget, budget_of, budgeting, decode, sink_tokens)
+    eviction = EvictionConfig(budget, budget_of, budgeting, decode, sink_tokens, ranking)
     check_count("max_new_tokens", max_new_tokens, minimum=0)
     if isinstance(slack, bool) or not isinstance(slack, (int, float)) or not 0.0 <= slack < math.inf:
         raise ConfigError(f"slack={slack!r} must be a number >= 0: the share of a capacity that is added to it")
@@ -67,6 +70,7 @@ def calibrate(
         budgeting=budgeting,
         decode=decode,
         sink_tokens=sink_tokens,
+        ranking=ranking,
         lowering="eager",
         configure_dynamo=False,
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tgvkv_compile.backend.wrappers import module_of
-from tgvkv_compile.config import SINK_TOKENS, Budgeting, BudgetOf, DecodeMode, check_count
+from tgvkv_compile.config import SINK_TOKENS, Budgeting, BudgetOf, DecodeMode, Ranking, check_count
 from tgvkv_compile.errors import ConfigError, UnsupportedGraphError
 from tgvkv_compile.export.budget_plan import BudgetPlan
 from tgvkv_compile.export.calibrate import calibrate
@@ -78,6 +78,7 @@ def export_program(
     budgeting: Budgeting = "tvb",
     decode: DecodeMode = "ratio",
     sink_tokens: int = SINK_TOKENS,
+    ranking: Ranking = "twr",
     say: Say | None = None,
 ) -> Programs:
     """Exports a model as prefill and decode. The model stays as it is.
@@ -88,7 +89,8 @@ def export_program(
         model: A transformers model of a family that can be exported (`export.families`); it may be compiled.
         sample_inputs: What the processor makes of a prompt with pictures; of several, the first is traced and all are
             calibrated on.
-        budget: As for `tgvkv_backend`, and so are `budget_of`, `budgeting`, `decode` and `sink_tokens`.
+        budget: As for `tgvkv_backend`, and so are `budget_of`, `budgeting`, `decode`, `sink_tokens` and
+            `ranking`.
         max_new_tokens: The most decode steps.
         plan: Capacities; by default `calibrate` makes them of the samples. It brings budget, eviction options, longest prompt
             and decode steps: give none of these beside it.
@@ -100,6 +102,7 @@ def export_program(
         budgeting: How layers share it.
         decode: What decoding evicts.
         sink_tokens: How many first tokens are always kept.
+        ranking: Which tokens stay, by name.
         say: Told what is being done.
 
     Returns:
@@ -120,6 +123,7 @@ def export_program(
     if plan is None:
         say("calibrating: what the layers want of the samples")
         options: dict[str, Any] = {"budget_of": budget_of, "budgeting": budgeting, "decode": decode, "sink_tokens": sink_tokens}
+        options["ranking"] = ranking
         plan = calibrate(model, samples, budget, max_new_tokens=max_new_tokens, slack=slack, max_prompt=max_prompt, **options)
     elif max_prompt is not None:
         raise ConfigError(f"max_prompt={max_prompt} and a plan were given; the plan says {plan.max_prompt}: give one of them")

@@ -58,7 +58,7 @@ class Rewrite:
     def pending(self) -> frozenset[Node]:
         """Inserted nodes that no node may use yet."""
         scores = self.scores
-        return frozenset() if scores is None else frozenset((scores.roles, *scores.mass, *scores.score))
+        return frozenset() if scores is None else frozenset((scores.roles, *scores.mass, *scores.score, *scores.tier))
 
 
 def _drop_pasts(rewrite: Rewrite) -> None:
@@ -72,7 +72,7 @@ def _gather(rewrite: Rewrite) -> None:
 def _score(rewrite: Rewrite) -> None:
     mask = next(iter(rewrite.gm.graph.find_nodes(op="placeholder", target=MASK)))
     sizes = {"blocks": rewrite.blocks, "question_rows": rewrite.question_rows}
-    rewrite.scores = insert_fixed_scoring(rewrite.gm, rewrite.found, mask, **sizes)
+    rewrite.scores = insert_fixed_scoring(rewrite.gm, rewrite.found, rewrite.budgets.eviction, mask, **sizes)
 
 
 def _evict(rewrite: Rewrite) -> None:

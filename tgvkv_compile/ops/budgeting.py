@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tgvkv_compile.config import Budgeting, EvictionConfig
+from tgvkv_compile.ops.roles import Roles, vision_count
 
 _FILL_STEPS = 64
 # Weights below this share count as this share when layers are filled. It lets layers without any mass take what no
@@ -119,6 +120,15 @@ def _share(tokens: Tensor, config: EvictionConfig) -> Tensor:
     if isinstance(config.budget, int):
         return tokens.clamp(max=config.budget)
     return tokens * config.budget
+
+
+def mean_share(roles: Roles, *, config: EvictionConfig) -> Tensor:
+    """float32 `[B]`: how many entries layers keep on average, before rounding."""
+    length = roles.lengths.to(torch.float32)
+    if config.budget_of == "all":
+        return _share(length, config)
+    vision = vision_count(roles, config=config).to(torch.float32)
+    return length - vision + _share(vision, config)
 
 
 def _never_evicts(lengths: Tensor, num_vision: Tensor, config: EvictionConfig) -> Tensor:

@@ -21,12 +21,14 @@ class Capped(NamedTuple):
         key: `[B, Hkv, C, D]`.
         value: `[B, Hkv, C, D]`.
         score: `[B, C]` float32.
+        tier: `[B, C]` int64.
         roles: Of the `C` columns.
     """
 
     key: Tensor
     value: Tensor
     score: Tensor
+    tier: Tensor
     roles: Roles
 
 
@@ -47,7 +49,7 @@ def cap_tokens(length: int | SymInt, cap: float, *, config: EvictionConfig) -> i
 
 
 def cap_layer(
-    key: Tensor, value: Tensor, score: Tensor, roles: Roles, cap: float, budget: float | int, sink_tokens: int
+    key: Tensor, value: Tensor, score: Tensor, tier: Tensor, roles: Roles, cap: float, budget: float | int, sink_tokens: int
 ) -> Capped:
     """A layer's best `C` tokens in the order of retention, whatever its budget turns out to be.
 
@@ -58,13 +60,14 @@ def cap_layer(
         key: `[B, Hkv, N, D]`.
         value: `[B, Hkv, N, D]`.
         score: `[B, N]` float32.
+        tier: `[B, N]` int64.
         roles: Of the `N` tokens.
         cap: As of [`cap_tokens`][].
         budget: As of `EvictionConfig`, of the whole prompt.
         sink_tokens: As there.
     """
     count = cap_tokens(key.shape[2], cap, config=EvictionConfig(budget, sink_tokens=sink_tokens))
-    keep = retain(score, roles, roles.lengths.clamp(max=cast(int, count)), sink_tokens=sink_tokens)
+    keep = retain(score, tier, roles, roles.lengths.clamp(max=cast(int, count)), sink_tokens=sink_tokens)
     # Kept columns first, each kind in its order.
     columns = keep.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :count]
     wide = columns[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])
@@ -76,4 +79,4 @@ def cap_layer(
         torch.where(there, roles.positions.gather(1, columns), -1),
         roles.lengths,
     )
-    return Capped(key.gather(2, wide), value.gather(2, wide), score.gather(1, columns), chosen)
+    return Capped(key.gather(2, wide), value.gather(2, wide), score.gather(1, columns), tier.gather(1, columns), chosen)

@@ -6,7 +6,7 @@ its log-sum-exp.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +16,7 @@ from tgvkv_compile.ops.budgeting import Allocation, allocate
 from tgvkv_compile.ops.capacities import fit_allocation
 from tgvkv_compile.ops.fixed_shapes import pack_columns
 from tgvkv_compile.ops.graph_masks import vision_positions
-from tgvkv_compile.ops.policy.layer import Layer
-from tgvkv_compile.ops.policy.tgv import twr
+from tgvkv_compile.ops.policy.rank import rank_by_walk
 from tgvkv_compile.ops.probabilities import causal_probabilities, exact_matmul
 from tgvkv_compile.ops.roles import Roles, prefix_count, token_roles, vision_count
 from tgvkv_compile.ops.weighing import Weighed, add_rows
@@ -32,12 +31,14 @@ class Scored(NamedTuple):
     Attributes:
         output: `[B, H, N, D]`, dtype of the query.
         mass: float32 `[B]`, `m_l`.
-        score: float32 `[B, N]`, as of [`scores_from_attention`][tgvkv_compile.ops.policy.rank.scores_from_attention].
+        score: float32 `[B, N]`, as of [`rank_tokens`][tgvkv_compile.ops.policy.rank.rank_tokens].
+        tier: int64 `[B, N]`.
     """
 
     output: Tensor
     mass: Tensor
     score: Tensor
+    tier: Tensor
 
 
 def block_count(batch: int, heads: int, max_prompt: int) -> int:
@@ -52,9 +53,20 @@ def roles_from_mask(masks: tuple[Tensor, ...], attention_mask: Tensor) -> Roles:
 
 
 def attend_and_score(
-    query: Tensor, key: Tensor, value: Tensor, roles: Roles, scale: float, blocks: int, question_rows: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    roles: Roles,
+    scale: float,
+    blocks: int,
+    question_rows: int,
+    *,
+    ranking: str = "twr",
+    layer: int = 0,
+    budget: float | int = 1.0,
+    budget_of: str = "all",
 ) -> Scored:
-    """Causal attention of a prompt, and the scores of [`prefill_scores`][tgvkv_compile.ops.policy.rank.prefill_scores].
+    """Causal attention of a prompt, and what [`rank_tokens`][tgvkv_compile.ops.policy.rank.rank_tokens] says of its tokens.
 
     All of it in float32, whatever the dtype of the model.
 
@@ -66,10 +78,15 @@ def attend_and_score(
         scale: What `q @ k` is multiplied by.
         blocks: Of [`block_count`][]; `N` is a multiple of it.
         question_rows: The most tokens that a question has, in samples with vision.
+        ranking: Name.
+        layer: Which layer.
+        budget: As of `rank_tokens`.
+        budget_of: As of `rank_tokens`.
     """
     attended = _InBlocks(query, key, value, roles, scale, blocks, question_rows)
-    ranked = twr(Layer(key, roles, query.shape[2], attended.walk))
-    return Scored(attended.output, ranked.layer_weight, ranked.score)
+    options: dict[str, Any] = {"ranking": ranking, "layer": layer, "budget": budget, "budget_of": budget_of}
+    ranks = rank_by_walk(key, roles, query.shape[2], attended.walk, **options)
+    return Scored(attended.attend_all(), *ranks)
 
 
 class _InBlocks:
@@ -80,24 +97,26 @@ class _InBlocks:
     Args:
         Those of [`attend_and_score`][].
 
-    Attributes:
-        output: `[B, H, N, D]`, once something was asked.
     """
-
-    output: Tensor
 
     def __init__(
         self, query: Tensor, key: Tensor, value: Tensor, roles: Roles, scale: float, blocks: int, question_rows: int
     ) -> None:
         self._query, self._key, self._value, self._roles, self._scale = query, key, value, roles, scale
         self._blocks, self._question_rows = blocks, question_rows
-        self._passed = False
+        self._output: Tensor | None = None
+
+    def attend_all(self) -> Tensor:
+        """The output, `[B, H, N, D]`."""
+        if self._output is None:
+            self.walk([(self._roles.valid, None)])  # a ranking that asks for no attention
+        assert self._output is not None
+        return self._output
 
     def walk(self, asked: Sequence[tuple[Tensor, Tensor | None]]) -> Sequence[Weighed]:
         """See `Walk`."""
-        if self._passed:
+        if self._output is not None:
             return [self._weigh_question(weights) for weights, _ in asked]
-        self._passed = True
         weights = torch.stack([weights.to(torch.float32) for weights, _ in asked], dim=1)
         rows = self._query.shape[2] // self._blocks
         outputs, parts = [], []
@@ -107,7 +126,7 @@ class _InBlocks:
             output, part = self._attend(block * rows, end, weights)
             outputs.append(output)
             parts.append(part)
-        self.output = torch.cat(outputs, dim=2)
+        self._output = torch.cat(outputs, dim=2)
         total = Weighed(*(torch.stack(part).sum(0) for part in zip(*parts, strict=True)))
         return [Weighed(total.sums[:, one : one + 1], total.seen[:, one : one + 1]) for one in range(len(asked))]
 

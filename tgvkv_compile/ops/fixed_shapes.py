@@ -18,13 +18,14 @@ _MANTISSA_BITS = 23
 _LARGEST = torch.finfo(torch.float32).max
 
 
-def retain_by_threshold(score: Tensor, roles: Roles, kept: Tensor, *, sink_tokens: int) -> Tensor:
+def retain_by_threshold(score: Tensor, tier: Tensor, roles: Roles, kept: Tensor, *, sink_tokens: int) -> Tensor:
     """[`retain`][tgvkv_compile.ops.retention.retain] without sorting: the same tokens, ties included.
 
     Scores are sums of probabilities. A NaN or a negative one counts as 0, an infinite one as the largest float32.
 
     Args:
         score: `[B, N]` float32.
+        tier: `[B, N]` int64, 0 to 2.
         roles: Of the `N` tokens.
         kept: `[B]` int64, how many tokens to keep: at least the forced ones, at most the valid ones.
         sink_tokens: How many first positions are forced.
@@ -33,22 +34,34 @@ def retain_by_threshold(score: Tensor, roles: Roles, kept: Tensor, *, sink_token
         `[B, N]` bool with `kept` True per row.
     """
     forced = forced_tokens(roles, sink_tokens=sink_tokens)
-    text = roles.valid & ~roles.vision & ~forced
+    others = roles.valid & ~forced
+    rank = tier.to(torch.float32)  # engines compare floats
     rest = kept.to(torch.float32).unsqueeze(1) - _count(forced)
-    texts = _count(text)
-    # Either some text goes and all vision with it, or all text stays: the threshold is searched in one of the two only.
-    among_text = rest < texts
-    # Not a `where`: ONNX Runtime has none of bools.
-    searched = (among_text & text) | (~among_text & roles.vision & ~forced)
-    wanted = torch.where(among_text, rest, rest - texts)
-    return forced | (text & ~among_text) | _best(score, searched, wanted)
+    stays = forced
+    searched, wanted = torch.zeros_like(forced), torch.zeros_like(rest)
+    open_ = rest >= 0.0  # where no tier was found yet that only a part of stays
+    # Of one tier a part stays, all of those above and none of those below: the threshold is searched in that one only.
+    for which in (2.0, 1.0, 0.0):
+        members = others & (rank == which)
+        count = _count(members)
+        parted = open_ & (rest < count)
+        # Not a `where` of bools: ONNX Runtime has none.
+        searched = searched | (parted & members)
+        wanted = torch.where(parted, rest, wanted)
+        open_ = open_ & ~parted
+        stays = stays | (members & open_)
+        rest = rest - count
+    return stays | _best(score, searched, wanted)
 
 
-def retain_layers(scores: tuple[Tensor, ...], roles: Roles, kept: Tensor, *, sink_tokens: int) -> tuple[Tensor, ...]:
+def retain_layers(
+    scores: tuple[Tensor, ...], tiers: tuple[Tensor, ...], roles: Roles, kept: Tensor, *, sink_tokens: int
+) -> tuple[Tensor, ...]:
     """[`retain_by_threshold`][] of all layers at once: one search for all, so that its steps stand in a graph once.
 
     Args:
         scores: float32 `[B, N]` per layer.
+        tiers: int64 `[B, N]` per layer.
         roles: Of the `N` tokens.
         kept: int64 `[B, L]`.
         sink_tokens: As there.
@@ -58,7 +71,8 @@ def retain_layers(scores: tuple[Tensor, ...], roles: Roles, kept: Tensor, *, sin
     """
     layers = len(scores)
     repeated = Roles(*(field.repeat(layers, *(1,) * (field.dim() - 1)) for field in roles))
-    keep = retain_by_threshold(torch.cat(scores), repeated, kept.t().reshape(-1), sink_tokens=sink_tokens)
+    ranked = (torch.cat(scores), torch.cat(tiers))
+    keep = retain_by_threshold(*ranked, repeated, kept.t().reshape(-1), sink_tokens=sink_tokens)
     return keep.chunk(layers)
 
 

@@ -5,6 +5,7 @@ It is made of the functions that the compiled graphs are made of, but follows th
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,8 @@ from torch import Tensor
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.ops.budgeting import allocate
 from tgvkv_compile.ops.decoding import choose_eviction
-from tgvkv_compile.ops.policy.rank import scores_from_attention
+from tgvkv_compile.ops.policy.layer import materialised
+from tgvkv_compile.ops.policy.rank import TokenRanks, rank_by_walk
 from tgvkv_compile.ops.retention import retain
 from tgvkv_compile.ops.roles import Roles, token_roles, vision_count
 
@@ -55,12 +57,12 @@ class Oracle:
         if visible is None:
             visible = torch.ones(length, length, dtype=torch.bool).tril()
         roles = token_roles(vision.unsqueeze(0), None)
-        scored = [scores_from_attention(layer.unsqueeze(0), visible.unsqueeze(0), roles) for layer in attention]
-        masses = torch.stack([mass for mass, _ in scored], dim=1)
+        ranks = [self._ranks(layer, paid, visible, roles) for layer, paid in enumerate(attention)]
+        masses = torch.stack([one.mass for one in ranks], dim=1)
         allocation = allocate(masses, roles.lengths, vision_count(roles, config=self.config), config=self.config)
         keeps = [
-            retain(score, roles, allocation.kept[:, layer], sink_tokens=self.config.sink_tokens)
-            for layer, (_, score) in enumerate(scored)
+            retain(one.score, one.tier, roles, allocation.kept[:, layer], sink_tokens=self.config.sink_tokens)
+            for layer, one in enumerate(ranks)
         ]
         question = roles.question[0].tolist()
         self.mass, self.rate = masses[0], allocation.rate[0]
@@ -135,7 +137,7 @@ class Oracle:
         if visible is None:
             visible = torch.ones(count, count, dtype=torch.bool).tril()
         everything = token_roles(torch.tensor([self._vision]), None)  # as if this were one prompt; what is gone as well
-        masses, scores, candidates = [], [], []
+        found, candidates = [], []
         for layer, kept in enumerate(self.kept):
             positions = torch.tensor([*kept, *range(total, total + count)])
             # `R` and the last position are the whole prompt's: no text before the new vision is in the question.
@@ -143,22 +145,29 @@ class Oracle:
             roles = Roles(valid, vision_there, asking, there, everything.lengths)
             paid = attention[layer].mean(0) if attention[layer].dim() == 3 else attention[layer]
             sees = torch.cat([torch.ones(count, len(kept), dtype=torch.bool), visible], dim=1)
-            mass, score = scores_from_attention(paid.unsqueeze(0), sees.unsqueeze(0), roles)
-            masses.append(mass)
-            scores.append(score)
+            found.append(self._ranks(layer, paid, sees, roles))
             candidates.append(roles)
         numbers = vision_count(everything, config=self.config)
-        allocation = allocate(torch.stack(masses, dim=1), everything.lengths, numbers, config=self.config)
+        masses = torch.stack([ranks.mass for ranks in found], dim=1)
+        allocation = allocate(masses, everything.lengths, numbers, config=self.config)
         question = everything.question[0].tolist()
-        for layer, (score, roles) in enumerate(zip(scores, candidates, strict=True)):
+        for layer, (ranks, roles) in enumerate(zip(found, candidates, strict=True)):
             number = allocation.kept[:, layer].clamp(max=roles.positions.shape[1])
-            keep = retain(score, roles, number, sink_tokens=self.config.sink_tokens)
+            keep = retain(ranks.score, ranks.tier, roles, number, sink_tokens=self.config.sink_tokens)
             self.kept[layer] = roles.positions[keep].tolist()
             self._protected[layer] = [position for position in self.kept[layer] if question[position]]
             self.suffix[layer] = len(self._protected[layer])
             self._totals[layer] = total + count
             self._generated[layer] = 0
-        self.mass, self.rate = torch.cat(masses), allocation.rate[0]
+        self.mass, self.rate = masses[0], allocation.rate[0]
+
+    def _ranks(self, layer: int, attention: Tensor, visible: Tensor, roles: Roles) -> TokenRanks:
+        """Of `attention [R, S]` and `visible [R, S]`."""
+        walk = materialised(attention.unsqueeze(0), visible.unsqueeze(0))
+        no_keys = attention.new_empty((1, 0, attention.shape[1], 0))
+        config = self.config
+        options: dict[str, Any] = {"ranking": config.ranking, "budget": config.budget, "budget_of": config.budget_of}
+        return rank_by_walk(no_keys, roles, attention.shape[0], walk, layer=layer, **options)
 
     def crop(self, length: int) -> None:
         """Takes the tokens at positions `length` (at least 1) and later back; what was evicted meanwhile stays evicted.

@@ -1,19 +1,23 @@
-"""Text-Prioritised Retention: which tokens of the prompt a layer keeps (paper section 4.3)."""
+"""Retention: which tokens of the prompt a layer keeps, tier by tier (text before vision: paper section 4.3)."""
 
 import torch
 from torch import Tensor
 
 from tgvkv_compile.ops.roles import Roles, forced_tokens
 
+_FORCED = 4
+"""Above padding (0) and the tiers (1 to 3)."""
 
-def retain(score: Tensor, roles: Roles, kept: Tensor, *, sink_tokens: int) -> Tensor:
-    """Keeps exactly `kept` tokens: the forced ones, then text by score, then vision by score.
 
-    The sink positions and the last are forced. Text outranks vision by rank, not by a constant added to its score,
+def retain(score: Tensor, tier: Tensor, roles: Roles, kept: Tensor, *, sink_tokens: int) -> Tensor:
+    """Keeps exactly `kept` tokens: the forced ones, then tier by tier by score.
+
+    The sink positions and the last are forced. A tier outranks the one below by rank, not by a constant added to its score,
     which would round it. Of equal scores the earlier position goes first. Padding is never kept. A NaN counts as 0.
 
     Args:
-        score: `[B, N]` float32, of [`scores_from_attention`][tgvkv_compile.ops.policy.rank.scores_from_attention].
+        score: `[B, N]` float32, of [`rank_tokens`][tgvkv_compile.ops.policy.rank.rank_tokens].
+        tier: `[B, N]` int64, 0 to 2, of the same.
         roles: Of the `N` tokens.
         kept: `[B]` int64, how many tokens to keep: at least the forced ones, at most the valid ones.
         sink_tokens: How many first positions are forced.
@@ -22,8 +26,7 @@ def retain(score: Tensor, roles: Roles, kept: Tensor, *, sink_tokens: int) -> Te
         `[B, N]` bool with `kept` True per row.
     """
     forced = forced_tokens(roles, sink_tokens=sink_tokens)
-    text = roles.valid & ~roles.vision
-    priority = torch.where(forced, 3, torch.where(text, 2, roles.vision.to(torch.int64)))
+    priority = torch.where(forced, _FORCED, torch.where(roles.valid, tier + 1, 0))
     # Least important column last: stable sorts by score, then by priority, of the columns from last to first.
     by_score = score.nan_to_num(nan=0.0).flip(1).sort(dim=1, descending=True, stable=True).indices
     by_priority = priority.flip(1).gather(1, by_score).sort(dim=1, descending=True, stable=True).indices

@@ -1,7 +1,6 @@
 """Extract: the few nodes that tell, before a prefill runs, how many vision tokens each sample has."""
 
 import copy
-import dataclasses
 
 from torch.fx import GraphModule, Node
 
@@ -41,7 +40,7 @@ def extract_vision_count(gm: GraphModule, plan: Plan, config: EvictionConfig) ->
         if first.mask is not None:
             valid = insert_call(other, valid_columns, twin[first.mask], masks[0], name="tgvkv_valid")
         roles = insert_call(other, token_roles, vision, valid, name="tgvkv_roles")
-        count = insert_call(other, count_vision, roles, name="tgvkv_count", **dataclasses.asdict(config))
+        count = insert_call(other, count_vision, roles, name="tgvkv_count", **config.constants())
     other.graph.output_node().args = ((count,),)
     remove_dead(other)
     other.recompile()

@@ -1,7 +1,5 @@
 """Insert budgeting: across layers, how many entries each layer keeps."""
 
-import dataclasses
-
 from torch.fx import GraphModule
 
 from tgvkv_compile.config import EvictionConfig
@@ -24,7 +22,7 @@ def insert_budgeting(gm: GraphModule, plan: Plan, scores: Scores, config: Evicti
 
     Requires: `insert_scoring` ran. Ensures: one allocation for the whole graph.
     """
-    options = dataclasses.asdict(config)
+    options = config.constants()
     with gm.graph.inserting_after(scores.score[-1]):
         allocation = insert_call(gm, allocate_layers, scores.mass, scores.roles, name="tgvkv_budgets", **options)
     return Budgets(allocation)

@@ -21,9 +21,9 @@ def insert_capping(
 
     After::
 
-        %tgvkv_capped_l : Capped = cap_layer(%keys_l, %values_l, %tgvkv_score_l, %tgvkv_roles, cap, budget, sink_tokens)
+        %tgvkv_capped_l : Capped = cap_layer(%keys_l, %values_l, %tgvkv_score_l, %tgvkv_tier_l, %tgvkv_roles, cap, ...)
         %tgvkv_capped_key_l, %tgvkv_capped_value_l : [B, Hkv, C, D]
-        %tgvkv_capped_score_l : f32[B, C]
+        %tgvkv_capped_score_l, %tgvkv_capped_tier_l : f32[B, C], i64[B, C]
         %tgvkv_capped_roles_l : Roles
 
     Requires: `insert_scoring` ran, in a prefill whose budget is of the whole prompt. Ensures: eviction needs no KV of the full
@@ -33,13 +33,13 @@ def insert_capping(
         What eviction is to choose from, per layer.
     """
     found = []
-    for layer, (site, score) in enumerate(zip(plan.sites, scores.score, strict=True)):
-        with gm.graph.inserting_after(score):
+    for layer, (site, score, tier) in enumerate(zip(plan.sites, scores.score, scores.tier, strict=True)):
+        with gm.graph.inserting_after(tier):
             kv = (site.key.node, site.value.node)
             options = (cap, config.budget, config.sink_tokens)
-            capped = insert_call(gm, cap_layer, *kv, score, scores.roles, *options, name=f"tgvkv_capped_{layer}")
+            capped = insert_call(gm, cap_layer, *kv, score, tier, scores.roles, *options, name=f"tgvkv_capped_{layer}")
         parts = []
-        for index, part in reversed(list(enumerate(("key", "value", "score", "roles")))):
+        for index, part in reversed(list(enumerate(("key", "value", "score", "tier", "roles")))):
             with gm.graph.inserting_after(capped):
                 parts.append(insert_item(gm, capped, index, name=f"tgvkv_capped_{part}_{layer}"))
         found.append(LayerCandidates(*reversed(parts)))

@@ -1,6 +1,5 @@
 """Insert eviction: the kept KV of all layers goes into one arena, and the full KV is no longer returned."""
 
-import dataclasses
 from typing import Any
 
 from torch.fx import GraphModule, Node
@@ -39,7 +38,7 @@ def insert_eviction(
         %tgvkv_room    : i64[]         = fitting_reserve(%tgvkv_budgets, %tgvkv_lengths, %tgvkv_arena, reserve)
         %tgvkv_starts  : i64[B, L]     = segment_starts(%tgvkv_budgets, %tgvkv_lengths, %tgvkv_room)
         %tgvkv_kept_l  : i64[B]        = by_layer(kept)[l]                # and %tgvkv_start_l
-        %tgvkv_keep_l  : b8[B, N]      = retain(%tgvkv_score_l, %tgvkv_roles, %tgvkv_kept_l)
+        %tgvkv_keep_l  : b8[B, N]      = retain(%tgvkv_score_l, %tgvkv_tier_l, %tgvkv_roles, %tgvkv_kept_l)
         %tgvkv_evict_l : None          = evict_into(%tgvkv_arena, %keys_l, %values_l, %tgvkv_keep_l, ...)
         %tgvkv_state   : Bookkeeping   = open_segments((%tgvkv_keep_0, ...), (%tgvkv_roles, ...), %tgvkv_starts)
         %tgvkv_history : b8[B, N]      = vision_history(%tgvkv_roles)
@@ -60,7 +59,7 @@ def insert_eviction(
         capped: From `insert_capping`, in place of each layer's KV, scores and roles; None where it did not run.
     """
     outputs = output_nodes(gm)
-    options = dataclasses.asdict(config)
+    options = config.constants()
     slots_node = insert_placeholder(gm, "tgvkv_slots", slots)
     with gm.graph.inserting_before(gm.graph.output_node()):
         call = _Caller(gm)
@@ -77,7 +76,7 @@ def insert_eviction(
         first = call.items(call(packing.by_layer, starts, name="tgvkv_firsts"), plan.num_layers, "tgvkv_start")
         keeps: list[Node] = []
         for layer, candidates in enumerate(chosen):
-            ranked = (candidates.score, candidates.roles, counts[layer])
+            ranked = (candidates.score, candidates.tier, candidates.roles, counts[layer])
             keep = call(retain, *ranked, name=f"tgvkv_keep_{layer}", sink_tokens=config.sink_tokens)
             keep.meta[BEGINS] = True
             keeps.append(keep)
@@ -99,8 +98,8 @@ def insert_eviction(
 
 
 def _all_tokens(plan: Plan, scores: Scores) -> tuple[LayerCandidates, ...]:
-    sites = zip(plan.sites, scores.score, strict=True)
-    return tuple(LayerCandidates(site.key.node, site.value.node, score, scores.roles) for site, score in sites)
+    sites = zip(plan.sites, scores.score, scores.tier, strict=True)
+    return tuple(LayerCandidates(site.key.node, site.value.node, score, tier, scores.roles) for site, score, tier in sites)
 
 
 class _Caller:

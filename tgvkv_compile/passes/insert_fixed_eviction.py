@@ -1,7 +1,5 @@
 """Insert fixed eviction: every layer of an exported prefill packs what it keeps into slots of its own."""
 
-import dataclasses
-
 from torch.fx import GraphModule, Node
 
 from tgvkv_compile.config import EvictionConfig
@@ -25,7 +23,7 @@ def insert_fixed_eviction(
     After::
 
         %tgvkv_budgets  : (i64[B, L], f32[B, L])      = fit_layers((%tgvkv_mass_0, ...), %tgvkv_roles, capacities, new_tokens)
-        %tgvkv_keep     : b8[B, N] * L                = retain_layers((%tgvkv_score_0, ...), %tgvkv_roles, kept)
+        %tgvkv_keep     : b8[B, N] * L                = retain_layers((%tgvkv_score_0, ...), (%tgvkv_tier_0, ...), ...)
         %tgvkv_packed_l : (K, V, slot_position)       = pack_layer(%keys_l, %values_l, positions, %tgvkv_keep[l], C_l)
         %tgvkv_protect_from : i64[B, L]               = first_protected(%tgvkv_keep, %tgvkv_roles)
         return (%logits, K_0, V_0, slot_position_0, ..., %tgvkv_protect_from, rate, lengths)
@@ -41,7 +39,7 @@ def insert_fixed_eviction(
         new_tokens: The decode steps that must find room.
     """
     logits = output_nodes(gm)[0]
-    options = dataclasses.asdict(config)
+    options = config.constants()
     with gm.graph.inserting_before(gm.graph.output_node()):
         budgets = insert_call(
             gm, fit_layers, scores.mass, scores.roles, capacities, new_tokens, name="tgvkv_budgets", **options
@@ -50,7 +48,7 @@ def insert_fixed_eviction(
         positions, lengths = (
             insert_item(gm, scores.roles, place, name=name) for place, name in ((3, "tgvkv_positions"), (4, "tgvkv_lengths"))
         )
-        ranked = (scores.score, scores.roles, kept)
+        ranked = (scores.score, scores.tier, scores.roles, kept)
         keeps = insert_call(gm, retain_layers, *ranked, name="tgvkv_keep", sink_tokens=config.sink_tokens)
         returned: list[Node] = [logits]
         for layer, site in enumerate(plan.sites):

@@ -2,13 +2,16 @@
 
 from torch.fx import GraphModule, Node
 
+from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.fx.insert import insert_call, insert_item
 from tgvkv_compile.ops.fixed_prefill import attend_and_score, roles_from_mask
 from tgvkv_compile.passes.inserted import Scores
 from tgvkv_compile.plan import Plan
 
 
-def insert_fixed_scoring(gm: GraphModule, plan: Plan, attention_mask: Node, *, blocks: int, question_rows: int) -> Scores:
+def insert_fixed_scoring(
+    gm: GraphModule, plan: Plan, config: EvictionConfig, attention_mask: Node, *, blocks: int, question_rows: int
+) -> Scores:
     """Replaces every attention by one that scores as well.
 
     Before::
@@ -27,6 +30,7 @@ def insert_fixed_scoring(gm: GraphModule, plan: Plan, attention_mask: Node, *, b
     Args:
         gm: The graph.
         plan: Its plan.
+        config: The eviction options.
         attention_mask: int64 `[B, N]`, 0 at padding.
         blocks: How many blocks of rows.
         question_rows: The most tokens of a question.
@@ -35,7 +39,8 @@ def insert_fixed_scoring(gm: GraphModule, plan: Plan, attention_mask: Node, *, b
         The inserted nodes, for the passes that follow.
     """
     assert plan.modality is not None
-    masses, scores = [], []
+    masses, scores, tiers = [], [], []
+    options = {"ranking": config.ranking, "budget": config.budget, "budget_of": config.budget_of}
     with gm.graph.inserting_before(plan.sites[0].node):
         roles = insert_call(gm, roles_from_mask, tuple(plan.modality.masks), attention_mask, name="tgvkv_roles")
     for layer, site in enumerate(plan.sites):
@@ -51,9 +56,12 @@ def insert_fixed_scoring(gm: GraphModule, plan: Plan, attention_mask: Node, *, b
                 blocks,
                 question_rows,
                 name=f"tgvkv_scored_{layer}",
+                layer=layer,
+                **options,
             )
             out = insert_item(gm, scored, 0, name=f"tgvkv_output_{layer}")
             masses.append(insert_item(gm, scored, 1, name=f"tgvkv_mass_{layer}"))
             scores.append(insert_item(gm, scored, 2, name=f"tgvkv_score_{layer}"))
+            tiers.append(insert_item(gm, scored, 3, name=f"tgvkv_tier_{layer}"))
         site.node.replace_all_uses_with(out)
-    return Scores(roles, attention_mask, tuple(masses), tuple(scores))
+    return Scores(roles, attention_mask, tuple(masses), tuple(scores), tuple(tiers))

@@ -1,6 +1,5 @@
 """Insert rebudgeting: a later turn with new vision scores, budgets and ranks all candidates again."""
 
-import dataclasses
 from typing import Any
 
 from torch.fx import GraphModule, Node
@@ -13,7 +12,7 @@ from tgvkv_compile.ops.retention import retain
 from tgvkv_compile.ops.state import Reselected
 from tgvkv_compile.ops.turns import allocate_again, extend_history
 from tgvkv_compile.passes.cached import drop_pasts
-from tgvkv_compile.passes.insert_scoring import score_layers
+from tgvkv_compile.passes.insert_scoring import rank_layers
 from tgvkv_compile.passes.inserted import Candidates
 from tgvkv_compile.plan import Plan
 
@@ -28,9 +27,9 @@ def insert_rebudgeting(gm: GraphModule, plan: Plan, candidates: Candidates, conf
 
     After::
 
-        %tgvkv_scores_l  : (f32[B], f32[B, W_l+Q]) = prefill_scores(%q_l, %tgvkv_keys_l, %tgvkv_roles_l, %tgvkv_mask_l, ...)
+        %tgvkv_ranks_l   : TokenRanks     = rank_tokens(%q_l, %tgvkv_keys_l, %tgvkv_roles_l, %tgvkv_mask_l, ...)
         %tgvkv_budgets   : Allocation     = allocate_again((%tgvkv_mass_0, ...), (%tgvkv_roles_0, ...), %tgvkv_history, ...)
-        %tgvkv_keep_l    : b8[B, W_l+Q]   = retain(%tgvkv_score_l, %tgvkv_roles_l, kept[:, l])
+        %tgvkv_keep_l    : b8[B, W_l+Q]   = retain(%tgvkv_score_l, %tgvkv_tier_l, %tgvkv_roles_l, kept[:, l])
         %tgvkv_at_l      : i64[B, W_l+Q]  = %tgvkv_roles_l[3]
         %tgvkv_protected : i64[B, L]      = protected_from((%tgvkv_keep_0, ...), (%tgvkv_roles_0, ...))
         %tgvkv_seen      : b8[B, P+Q]     = extend_history(%tgvkv_history, %tgvkv_new)
@@ -46,9 +45,9 @@ def insert_rebudgeting(gm: GraphModule, plan: Plan, candidates: Candidates, conf
         candidates: From `insert_survivors`.
         config: The eviction options.
     """
-    options = dataclasses.asdict(config)
+    options = config.constants()
     roles = candidates.roles
-    masses, scores = score_layers(gm, plan, roles)
+    masses, scores, tiers = rank_layers(gm, plan, roles, config)
     outputs = output_nodes(gm)
     keeps: list[Node] = []
     chosen: list[Node] = []
@@ -65,6 +64,7 @@ def insert_rebudgeting(gm: GraphModule, plan: Plan, candidates: Candidates, conf
                     gm,
                     retain,
                     score,
+                    tiers[layer],
                     roles[layer],
                     count,
                     name=f"tgvkv_keep_{layer}",

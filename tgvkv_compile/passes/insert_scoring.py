@@ -1,16 +1,20 @@
 """Insert scoring: per layer, how much the question looks at vision, and what every token is worth."""
 
+from typing import Any
+
 from torch.fx import GraphModule, Node
 
+from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.fx.insert import insert_call, insert_item
 from tgvkv_compile.ops.graph_masks import valid_columns, vision_positions
-from tgvkv_compile.ops.policy.rank import prefill_scores
+from tgvkv_compile.ops.policy.named import LAYERS_ALIKE
+from tgvkv_compile.ops.policy.rank import rank_tokens, ranked_by
 from tgvkv_compile.ops.roles import token_roles
 from tgvkv_compile.passes.inserted import Scores
 from tgvkv_compile.plan import Plan
 
 
-def insert_scoring(gm: GraphModule, plan: Plan) -> Scores:
+def insert_scoring(gm: GraphModule, plan: Plan, config: EvictionConfig) -> Scores:
     """Adds the roles of the prompt's tokens, and the scores of every layer beside its attention.
 
     Before::
@@ -23,9 +27,10 @@ def insert_scoring(gm: GraphModule, plan: Plan) -> Scores:
         %tgvkv_valid  : b8[B, N] = valid_columns(%attn_mask, %q_0)          # only where attention has a mask
         %tgvkv_roles  : Roles    = token_roles(%tgvkv_vision, %tgvkv_valid)
         %out_l, %lse_l = scaled_dot_product_attention_with_lse(%q_l, %keys_l, ...)
-        %tgvkv_scores_l : (f32[B], f32[B, N]) = prefill_scores(%q_l, %keys_l, %tgvkv_roles, %attn_mask, ..., %lse_l)
+        %tgvkv_ranks_l : TokenRanks = rank_tokens(%q_l, %keys_l, %tgvkv_roles, %attn_mask, ..., %lse_l, ranking=...)
+        %tgvkv_mass_l  : f32[B]     = %tgvkv_ranks_l[0]        # and %tgvkv_score_l : f32[B, N], %tgvkv_tier_l : i64[B, N]
 
-    Where heads are split over ranks it is `prefill_scores(..., group=...)`, which averages over the ranks what is
+    Where heads are split over ranks it is `rank_tokens(..., group=...)`, which averages over the ranks what is
     linear in attention, by two functional all-reduces per layer.
 
     Requires: `normalise_attention` ran. Ensures: attention's output is untouched; nothing inserted holds `[.., N, N]`: with
@@ -44,28 +49,37 @@ def insert_scoring(gm: GraphModule, plan: Plan) -> Scores:
         if first.mask is not None:
             valid = insert_call(gm, valid_columns, first.mask, first.query, name="tgvkv_valid")
         roles = insert_call(gm, token_roles, vision, valid, name="tgvkv_roles")
-    masses, scores = score_layers(gm, plan, (roles,) * plan.num_layers)
-    return Scores(roles, valid, masses, scores)
+    return Scores(roles, valid, *rank_layers(gm, plan, (roles,) * plan.num_layers, config))
 
 
-def score_layers(gm: GraphModule, plan: Plan, roles: tuple[Node, ...]) -> tuple[tuple[Node, ...], tuple[Node, ...]]:
-    """Adds `prefill_scores` beside the attention of every layer.
+def rank_layers(
+    gm: GraphModule, plan: Plan, roles: tuple[Node, ...], config: EvictionConfig
+) -> tuple[tuple[Node, ...], tuple[Node, ...], tuple[Node, ...]]:
+    """Adds the ranking beside the attention of every layer.
 
     Args:
         gm: The graph.
         plan: Its plan, attention normalised.
         roles: Of the columns of each layer's keys.
+        config: The eviction options.
 
     Returns:
-        `(mass, score)` per layer: `f32[B]`, `f32[B, S]`.
+        `(mass, score, tier)` per layer: `f32[B]`, `f32[B, S]`, `i64[B, S]`.
     """
-    masses, scores = [], []
-    split = {} if plan.tensor_parallel is None else {"group": plan.tensor_parallel.group}
+    named = isinstance(config.ranking, str)
+    function: Any = rank_tokens if named else ranked_by(config.ranking)
+    options: dict[str, Any] = {"budget": config.budget, "budget_of": config.budget_of}
+    if named:
+        options["ranking"] = config.ranking
+    if plan.tensor_parallel is not None:
+        options["group"] = plan.tensor_parallel.group
+    found = []
     for layer, site in enumerate(plan.sites):
+        number = {} if config.ranking in LAYERS_ALIKE else {"layer": layer}
         with gm.graph.inserting_after(site.lse or site.node):
-            both = insert_call(
+            ranks = insert_call(
                 gm,
-                prefill_scores,
+                function,
                 site.query,
                 site.key.node,
                 roles[layer],
@@ -73,11 +87,14 @@ def score_layers(gm: GraphModule, plan: Plan, roles: tuple[Node, ...]) -> tuple[
                 site.is_causal,
                 site.scale,
                 site.lse,
-                name=f"tgvkv_scores_{layer}",
-                **split,
+                name=f"tgvkv_ranks_{layer}",
+                **options,
+                **number,
             )
-        with gm.graph.inserting_after(both):
-            masses.append(insert_item(gm, both, 0, name=f"tgvkv_mass_{layer}"))
-        with gm.graph.inserting_after(masses[-1]):
-            scores.append(insert_item(gm, both, 1, name=f"tgvkv_score_{layer}"))
-    return tuple(masses), tuple(scores)
+        parts: list[Node] = []
+        for index, part in enumerate(("mass", "score", "tier")):
+            with gm.graph.inserting_after(parts[-1] if parts else ranks):
+                parts.append(insert_item(gm, ranks, index, name=f"tgvkv_{part}_{layer}"))
+        found.append(tuple(parts))
+    masses, scores, tiers = zip(*found, strict=True)
+    return masses, scores, tiers

@@ -7,21 +7,23 @@ from torch.fx import Node
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """From `insert_scoring`: `roles`, `valid` (None where nothing is padded), and per layer `mass` and `score`."""
+    """From `insert_scoring`: `roles`, `valid` (None where nothing is padded), and per layer `mass`, `score` and `tier`."""
 
     roles: Node
     valid: Node | None
     mass: tuple[Node, ...]
     score: tuple[Node, ...]
+    tier: tuple[Node, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerCandidates:
-    """From `insert_capping`: `key`, `value`, `score` and `roles` of what eviction chooses from in one layer."""
+    """From `insert_capping`: `key`, `value`, `score`, `tier` and `roles` of what eviction chooses from in one layer."""
 
     key: Node
     value: Node
     score: Node
+    tier: Node
     roles: Node
 
 

@@ -17,20 +17,35 @@ class Layer(NamedTuple):
     turn behind what the cache still holds.
 
     Attributes:
-        key: `[B, Hkv, S, D]`, the keys, rotary embedding applied.
-        tokens: What each of the `S` columns is: padding, vision, question.
+        key: `[B, Hkv, S, D]`, the keys, rotary embedding applied, of this rank's heads.
+        tokens: What each of the `S` columns is: padding, vision, question; its position among the valid tokens of the sample.
         num_rows: `R`.
+        share: float32 `[B]`, how many entries layers keep on average.
+        number: Which layer.
         walk: What `weigh` calls.
+        average: What `mean_heads` calls.
     """
 
     key: Tensor
     tokens: Roles
     num_rows: int
+    share: Tensor
+    number: int
     walk: Walk
+    average: Callable[[Tensor], Tensor]
 
     def rows(self, columns: Tensor) -> Tensor:
         """The part of `columns [B, S]` that stands for the rows, `[B, R]`."""
         return columns[:, columns.shape[1] - self.num_rows :]
+
+    def newest(self, count: int | Tensor) -> Tensor:
+        """The last `count` tokens of each sample (an int, or `[B]`), padding not counted: bool `[B, S]`."""
+        first = self.tokens.lengths - count
+        return self.tokens.valid & (self.tokens.positions >= first.unsqueeze(1))
+
+    def mean_heads(self, values: Tensor) -> Tensor:
+        """The mean over KV heads, those of other ranks included: float32 `[B, S]` of `[B, Hkv, S]`."""
+        return self.average(values.to(torch.float32))
 
     def weigh(self, *asked: tuple[Tensor, Tensor | None]) -> tuple[Weighed, ...]:
         """Sums the rows of head-mean attention `A`, each row with its weight.
@@ -75,14 +90,16 @@ class Ranked(NamedTuple):
     """What a ranking says of a layer's tokens.
 
     Attributes:
-        score: float32 `[B, S]`: of those of a tier the higher one stays.
-        tier: int64 `[B, S]`, 0 to 2: the higher tier stays first. Sinks and the last token stand above all tiers.
-        layer_weight: float32 `[B]`, at least 0: by what a budget is shared out to layers.
+        score: float32 `[B, S]`, at least 0: of those of a tier the higher one stays, of equals the earlier. What it says of
+            padding is not looked at.
+        tier: int64 `[B, S]`, 0 to 2: the higher tier stays first. None: all are alike. Sinks and the last token stand above all
+            tiers.
+        layer_weight: float32 `[B]`, at least 0: by what a budget is shared out to layers. None: all are alike.
     """
 
     score: Tensor
-    tier: Tensor
-    layer_weight: Tensor
+    tier: Tensor | None = None
+    layer_weight: Tensor | None = None
 
 
 Ranking = Callable[[Layer], Ranked]

@@ -1,15 +1,36 @@
 """A layer's tokens, ranked: what stands in graphs, and the same on attention that is there."""
 
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
 from torch import Tensor
 
-from tgvkv_compile.ops.policy.layer import Layer, attending, materialised
-from tgvkv_compile.ops.policy.tgv import twr
+from tgvkv_compile.config import EvictionConfig
+from tgvkv_compile.ops.budgeting import mean_share
+from tgvkv_compile.ops.policy.layer import Layer, Ranked, Ranking, attending, materialised
+from tgvkv_compile.ops.policy.named import RANKINGS
 from tgvkv_compile.ops.roles import Roles
-from tgvkv_compile.ops.tensor_parallel import over_ranks
-from tgvkv_compile.ops.weighing import AttentionRows
+from tgvkv_compile.ops.tensor_parallel import mean_over_ranks, over_ranks
+from tgvkv_compile.ops.weighing import AttentionRows, Walk
 
 
-def prefill_scores(
+class TokenRanks(NamedTuple):
+    """A ranking's result, complete.
+
+    Attributes:
+        mass: float32 `[B]`, the layer's weight.
+        score: float32 `[B, S]`.
+        tier: int64 `[B, S]`, 0 to 2.
+    """
+
+    mass: Tensor
+    score: Tensor
+    tier: Tensor
+
+
+def rank_tokens(
     q: Tensor,
     k: Tensor,
     roles: Roles,
@@ -18,9 +39,13 @@ def prefill_scores(
     scale: float,
     lse: Tensor | None = None,
     *,
+    ranking: str | Ranking = "twr",
+    layer: int = 0,
+    budget: float | int = 1.0,
+    budget_of: str = "all",
     group: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Text-vision mass and token scores of one layer, without ever holding `N x N` attention.
+) -> TokenRanks:
+    """Ranks the tokens of one layer, without ever holding `N x N` attention.
 
     The rows are the queries of the last `R` columns: `R` is `S` in a prefill.
 
@@ -33,23 +58,83 @@ def prefill_scores(
         is_causal: Whether rows see no later column, besides what the mask says; only where `R` is `S`.
         scale: The factor on the logits.
         lse: `[B, H, R]` float32, the log-sum-exp of each row's visible logits, where attention gives it
-            (`ops.attention`): then only question rows and text columns are computed.
+            (`ops.attention`): then less is computed.
+        ranking: Name, or function.
+        layer: Which layer.
+        budget: As of `EvictionConfig`, and so is `budget_of`; with `"vision"` all text stays, whatever the ranking says.
+        budget_of: See `budget`.
         group: Name of the process group over whose ranks heads are split: `q`, `k` and `lse` are of this rank's heads, all else
             is equal on all ranks, and so are the bits of the result. None: all heads are here.
-
-    Returns:
-        mass: `[B]` float32, `m_l`.
-        score: `[B, S]` float32, as [`scores_from_attention`][].
     """
     walk = attending(AttentionRows(q, k, roles.valid, attn_mask, is_causal, scale, lse))
     if group is not None:
         walk = over_ranks(walk, q.shape[1], group)
-    ranked = twr(Layer(k, roles, q.shape[2], walk))
-    return ranked.layer_weight, ranked.score
+    options: dict[str, Any] = {"ranking": ranking, "layer": layer, "budget": budget, "budget_of": budget_of}
+    return rank_by_walk(k, roles, q.shape[2], walk, group=group, **options)
+
+
+def rank_by_walk(
+    key: Tensor,
+    roles: Roles,
+    num_rows: int,
+    walk: Walk,
+    *,
+    ranking: str | Ranking = "twr",
+    layer: int = 0,
+    budget: float | int = 1.0,
+    budget_of: str = "all",
+    group: str | None = None,
+) -> TokenRanks:
+    """[`rank_tokens`][], whoever sums the rows of attention.
+
+    Args:
+        key: `[B, Hkv, S, D]`.
+        roles: Of the `S` columns.
+        num_rows: `R`.
+        walk: Sums rows.
+        ranking: As there, and so are all that follow.
+        layer: See `ranking`.
+        budget: See `ranking`.
+        budget_of: See `ranking`.
+        group: See `ranking`.
+    """
+    function = RANKINGS[ranking] if isinstance(ranking, str) else ranking
+    config = EvictionConfig(budget, budget_of)  # type: ignore[arg-type]
+    average = functools.partial(_mean_heads, group=group)
+    share = mean_share(roles, config=config)
+    return _complete(function(Layer(key, roles, num_rows, share, layer, walk, average)), roles, config)
+
+
+def _mean_heads(values: Tensor, group: str | None) -> Tensor:
+    mean = values.mean(1)
+    return mean if group is None else mean_over_ranks(mean, values.shape[1], group)
+
+
+@functools.lru_cache(maxsize=64)
+def ranked_by(ranking: Ranking) -> Callable[..., TokenRanks]:
+    """[`rank_tokens`][] by a function of somebody else's, as a graph calls it: one and the same for each function.
+
+    It belongs to the function's module, so that no cache on disk takes it for one of this package.
+    """
+
+    def rank_tokens_by(*args: Any, **options: Any) -> TokenRanks:
+        return rank_tokens(*args, ranking=ranking, **options)
+
+    rank_tokens_by.__module__ = getattr(ranking, "__module__", None) or "__main__"
+    return rank_tokens_by
+
+
+def _complete(ranked: Ranked, roles: Roles, config: EvictionConfig) -> TokenRanks:
+    none = torch.zeros_like(roles.positions)
+    tier = none if ranked.tier is None else ranked.tier
+    if config.budget_of == "vision":  # all text stays
+        tier = torch.where(roles.vision, tier.clamp(max=1), 2)
+    mass = torch.zeros_like(ranked.score[:, 0]) if ranked.layer_weight is None else ranked.layer_weight
+    return TokenRanks(mass, torch.where(roles.valid, ranked.score, 0.0), tier)
 
 
 def scores_from_attention(attention: Tensor, visible: Tensor, roles: Roles) -> tuple[Tensor, Tensor]:
-    """Text-vision mass and token scores from materialised attention (`docs/algorithm.md`, Prefill 1, 3, 4).
+    """TGV-KV's text-vision mass and token scores from materialised attention (`docs/algorithm.md`, Prefill 1, 3, 4).
 
     Args:
         attention: `[B, R, S]` float32, probabilities averaged over query heads.
@@ -61,5 +146,5 @@ def scores_from_attention(attention: Tensor, visible: Tensor, roles: Roles) -> t
         score: `[B, S]` float32, `s_t` at text, `s_v` at vision, 0 at padding.
     """
     no_keys = attention.new_empty((attention.shape[0], 0, attention.shape[2], 0))
-    ranked = twr(Layer(no_keys, roles, attention.shape[1], materialised(attention, visible)))
-    return ranked.layer_weight, ranked.score
+    ranks = rank_by_walk(no_keys, roles, attention.shape[1], materialised(attention, visible))
+    return ranks.mass, ranks.score

@@ -1,8 +1,10 @@
 """TGV-KV: text-weighted ranking (paper sections 4.1 to 4.3, arXiv 2606.03075; `docs/algorithm.md`, Prefill 1, 3, 4)."""
 
 import torch
+from torch import Tensor
 
 from tgvkv_compile.ops.policy.layer import Layer, Ranked
+from tgvkv_compile.ops.roles import Roles
 
 
 def twr(layer: Layer) -> Ranked:
@@ -23,4 +25,9 @@ def twr(layer: Layer) -> Ranked:
     (grounded,) = layer.weigh((layer.rows(worth), tokens.vision))
     mass = torch.where(tokens.vision, asked.sums, 0.0).sum(1)
     score = torch.where(tokens.valid, torch.where(tokens.vision, grounded.sums, received.sums), 0.0)
-    return Ranked(score, text.to(torch.int64), mass)
+    return Ranked(score, text_first(tokens), mass)
+
+
+def text_first(tokens: Roles) -> Tensor:
+    """Text-prioritised retention (section 4.3): int64 `[B, S]`, 1 at text, which stays before vision."""
+    return (tokens.valid & ~tokens.vision).to(torch.int64)
