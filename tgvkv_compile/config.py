@@ -55,11 +55,16 @@ class EvictionConfig:
     @property
     def ranking_name(self) -> str:
         """Of a function, its own."""
-        return self.ranking if isinstance(self.ranking, str) else getattr(self.ranking, "__qualname__", repr(self.ranking))
+        return name_of(self.ranking)
 
     def constants(self) -> dict[str, Any]:
         """What functions in a graph make such a record of again: plain values; who ranks is handed the ranking itself."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "ranking"}
+
+
+def name_of(policy: str | Callable[..., Any]) -> str:
+    """Of a policy: its name, or that of the function."""
+    return policy if isinstance(policy, str) else getattr(policy, "__qualname__", repr(policy))
 
 
 def _check_budget(budget: object) -> None:

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tgvkv_compile.config import EvictionConfig
+from tgvkv_compile.config import EvictionConfig, name_of
+from tgvkv_compile.errors import ConfigError
 from tgvkv_compile.ops.budgeting import mean_share
 from tgvkv_compile.ops.policy.layer import Layer, Ranked, Ranking, attending, materialised
 from tgvkv_compile.ops.policy.named import RANKINGS
@@ -98,11 +99,12 @@ def rank_by_walk(
         budget_of: See `ranking`.
         group: See `ranking`.
     """
-    function = RANKINGS[ranking] if isinstance(ranking, str) else ranking
     config = EvictionConfig(budget, budget_of)  # type: ignore[arg-type]
     average = functools.partial(_mean_heads, group=group)
     share = mean_share(roles, config=config)
-    return _complete(function(Layer(key, roles, num_rows, share, layer, walk, average)), roles, config)
+    one = Layer(key, roles, num_rows, share, layer, walk, average)
+    ranked = RANKINGS[ranking](one) if isinstance(ranking, str) else _checked(ranking(one), roles, name_of(ranking))
+    return _complete(ranked, roles, config)
 
 
 def _mean_heads(values: Tensor, group: str | None) -> Tensor:
@@ -122,6 +124,30 @@ def ranked_by(ranking: Ranking) -> Callable[..., TokenRanks]:
 
     rank_tokens_by.__module__ = getattr(ranking, "__module__", None) or "__main__"
     return rank_tokens_by
+
+
+def _checked(ranked: object, roles: Roles, name: str) -> Ranked:
+    """Raises [`ConfigError`][] unless a function gave what a ranking must."""
+    if not isinstance(ranked, Ranked):
+        raise ConfigError(
+            f"ranking={name} returned {type(ranked).__name__}; return Ranked(score, tier=None, layer_weight=None) of "
+            "tgvkv_compile.policy (docs/policies.md)"
+        )
+    tokens = tuple(roles.valid.shape)
+    for part, value, dtype, shape in (
+        ("score", ranked.score, torch.float32, tokens),
+        ("tier", ranked.tier, torch.int64, tokens),
+        ("layer_weight", ranked.layer_weight, torch.float32, tokens[:1]),
+    ):
+        if value is None and part != "score":
+            continue
+        if not isinstance(value, Tensor) or value.dtype != dtype or tuple(value.shape) != shape:
+            found = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            letters = "[B, S]" if len(shape) == 2 else "[B]"
+            raise ConfigError(
+                f"ranking={name} returned {part} as {found}; it must be {dtype} {letters}, here {shape} (docs/policies.md)"
+            )
+    return ranked
 
 
 def _complete(ranked: Ranked, roles: Roles, config: EvictionConfig) -> TokenRanks:
