@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from tgvkv_compile.errors import ConfigError, UnknownOptionError
 
 BudgetOf = Literal["all", "vision"]
-Budgeting = Literal["tvb", "waterfill", "uniform"]
+Budgeting = Literal["tvb", "waterfill", "uniform", "pyramid"]
 Ranking = Literal["twr", "snapkv", "h2o", "streaming", "knorm", "random"]
 DecodeMode = Literal["ratio", "fixed", "keep"]
 Lowering = Literal["inductor", "aot_eager", "eager"]
@@ -29,7 +29,8 @@ class EvictionConfig:
         budget_of: What the budget is a fraction of: the whole prompt's KV (`"all"`, the paper's main setting) or the
             vision tokens' KV, all text being kept (`"vision"`, the paper's Table 8).
         budgeting: How layers share it: `"tvb"` (paper section 4.1, as released), `"waterfill"` (same weights, the
-            total is kept when layers clamp) or `"uniform"`.
+            total is kept when layers clamp), `"uniform"`, `"pyramid"`, or a function from the layers' weights `[B, L]` to those
+            by which the budget is filled.
         decode: What decoding evicts: `"ratio"` (as released), `"fixed"` (one in, one out) or `"keep"` (nothing).
         sink_tokens: How many first positions are always kept.
         ranking: Which tokens of a prompt stay (`docs/policies.md`): `"twr"` (as released), `"snapkv"`, `"h2o"`, `"streaming"`,
@@ -38,7 +39,7 @@ class EvictionConfig:
 
     budget: float | int = 0.05
     budget_of: BudgetOf = "all"
-    budgeting: Budgeting = "tvb"
+    budgeting: Budgeting | Callable[..., Any] = "tvb"
     decode: DecodeMode = "ratio"
     sink_tokens: int = SINK_TOKENS
     ranking: Ranking | Callable[..., Any] = "twr"
@@ -46,20 +47,19 @@ class EvictionConfig:
     def __post_init__(self) -> None:
         _check_budget(self.budget)
         check_choice("budget_of", self.budget_of, BudgetOf)
-        check_choice("budgeting", self.budgeting, Budgeting)
+        if not callable(self.budgeting):
+            check_choice("budgeting", self.budgeting, Budgeting, otherwise="or give a function")
         check_choice("decode", self.decode, DecodeMode)
         check_count("sink_tokens", self.sink_tokens, minimum=0)
         if not callable(self.ranking):
             check_choice("ranking", self.ranking, Ranking, otherwise="or give a function")
 
-    @property
-    def ranking_name(self) -> str:
-        """Of a function, its own."""
-        return name_of(self.ranking)
-
     def constants(self) -> dict[str, Any]:
-        """What functions in a graph make such a record of again: plain values; who ranks is handed the ranking itself."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "ranking"}
+        """What functions in a graph make such a record of again: plain values; who needs a function is handed it itself."""
+        plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "ranking"}
+        if callable(self.budgeting):
+            plain["budgeting"] = "waterfill"  # its bounds and rates are those of whatever is filled
+        return plain
 
 
 def name_of(policy: str | Callable[..., Any]) -> str:

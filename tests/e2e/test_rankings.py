@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,8 +12,10 @@ from tests.support.models import IMAGE, Shape, make_inputs, make_model
 from tests.support.reference import reference, reference_turn
 from tests.support.running import kept_of, run, second_turn
 from tgvkv_compile import explain, tgvkv_backend
-from tgvkv_compile.config import EvictionConfig
+from tgvkv_compile.config import Budgeting, EvictionConfig
+from tgvkv_compile.config import Ranking as RankingName
 from tgvkv_compile.errors import ConfigError
+from tgvkv_compile.ops.budgeting import SHARINGS
 from tgvkv_compile.policy import RANKINGS, Layer, Ranked, uniform
 
 SHAPE = Shape(layers=3, seed=3)
@@ -101,9 +103,51 @@ def test_the_example_of_the_page(prompts: Any) -> None:
     assert "asked" in str(explain(make_model(SHAPE), make_inputs(prompts), 0.2, ranking=scope["asked"])).splitlines()[0]
 
 
-def test_every_ranking_stands_on_the_page() -> None:
+def test_every_policy_stands_on_the_page() -> None:
     named = set(re.findall(r"^\| `\"(\w+)\"`", PAGE.read_text(encoding="utf-8"), re.MULTILINE))
-    assert named == set(RANKINGS)
+    assert named == {*RANKINGS, *SHARINGS} == {*get_args(RankingName), *get_args(Budgeting)}
+
+
+def test_budgeting_by_the_function_of_the_page() -> None:
+    (code,) = re.findall(r"```python\n(def top_heavy.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    scope: dict[str, Any] = {"torch": torch, "tgvkv_backend": tgvkv_backend, "__name__": "example"}
+    exec(compile(code, str(PAGE), "exec"), scope)
+    model, inputs = make_model(SHAPE), make_inputs(PADDED)
+    model.compile(backend=tgvkv_backend(0.5, budgeting=scope["top_heavy"], lowering="eager"))
+    expected = reference(
+        make_model(SHAPE), inputs, 3, config=EvictionConfig(0.5, budgeting=scope["top_heavy"]), image_token=IMAGE
+    )
+    assert_same_run(run(model, inputs, 3), expected)
+    first, *_, last = (len(layer) for layer in expected.kept[0][0])
+    assert first < last
+
+
+def test_pyramid_budgets() -> None:
+    inputs = make_inputs(PADDED)
+    config = EvictionConfig(0.4, ranking="snapkv", budgeting="pyramid")
+    expected = reference(make_model(SHAPE), inputs, 3, config=config, image_token=IMAGE)
+    assert_same_run(run(compiled("snapkv", budgeting="pyramid"), inputs, 3), expected)
+    first, *_, last = (len(layer) for layer in expected.kept[0][0])
+    assert first > last
+
+
+def sums_up(weights: torch.Tensor) -> torch.Tensor:
+    return weights.sum(1)
+
+
+def reads_weights(weights: torch.Tensor) -> torch.Tensor:
+    return weights * float(weights[0, 0])
+
+
+@pytest.mark.parametrize(
+    ("budgeting", "said"),
+    [(sums_up, r"returned torch.float32 \(.*must be torch.float32 \[B, L\]"), (reads_weights, r"cannot be traced")],
+    ids=["shape", "number"],
+)
+def test_a_budgeting_that_breaks_a_rule_is_named(budgeting: Any, said: str) -> None:
+    model = compiled("twr", budgeting=budgeting)
+    with pytest.raises(ConfigError, match=rf"budgeting={budgeting.__name__} {said}"):
+        run(model, make_inputs(((5, 9),)), 1)
 
 
 def test_a_function_is_the_name_that_it_has() -> None:

@@ -178,7 +178,7 @@ def configs(draw: st.DrawFn, /, **fixed: Any) -> EvictionConfig:
     options: dict[str, Any] = {
         "budget": draw(budget),
         "budget_of": draw(st.sampled_from(["all", "vision"])),
-        "budgeting": draw(st.sampled_from(["tvb", "waterfill", "uniform"])),
+        "budgeting": draw(st.sampled_from(["tvb", "waterfill", "uniform", "pyramid"])),
         "decode": draw(st.sampled_from(["ratio", "fixed", "keep"])),
         "sink_tokens": draw(st.sampled_from([0, 1, 4, 4, 4, 7])),
     }

@@ -8,7 +8,7 @@ from tests.ops.prompts import configs, masses
 from tgvkv_compile.config import Budgeting, EvictionConfig
 from tgvkv_compile.ops.budgeting import allocate, growth_bound, kept_bound, segment_capacity
 
-BUDGETINGS: list[Budgeting] = ["tvb", "waterfill", "uniform"]
+BUDGETINGS: list[Budgeting] = ["tvb", "waterfill", "uniform", "pyramid"]
 
 
 def _allocate(mass: list[float], length: int, config: EvictionConfig, vision: int = 20) -> tuple[list[int], list[float]]:
@@ -36,6 +36,25 @@ def test_uniform_keeps_the_same_everywhere() -> None:
     assert rate == pytest.approx([0.25] * 4)
 
 
+def test_pyramid_falls_in_a_line() -> None:
+    kept, rate = _allocate([8.0, 1.0, 1.0, 0.0, 5.0], 1000, EvictionConfig(budget=0.2, budgeting="pyramid"))
+    assert kept == [390, 295, 200, 105, 10]  # from 200 * (2 - 1 / 20) to 200 / 20, by 95
+    assert rate == pytest.approx([n / 1000 for n in kept])
+
+
+def test_a_function_fills_by_its_weights() -> None:
+    seen = []
+
+    def last_twice(weights: Tensor) -> Tensor:
+        seen.append(weights)
+        return weights.new_tensor([[1.0, 1.0, 2.0]])
+
+    kept, rate = _allocate([2.0, 1.0, 1.0], 100, EvictionConfig(budget=0.5, budgeting=last_twice))
+    assert kept == [38, 38, 75]  # 37.5, half to even
+    assert rate == pytest.approx([n / 100 for n in kept])
+    torch.testing.assert_close(seen[0], torch.tensor([[0.5, 0.25, 0.25]]))
+
+
 def test_tvb_rounds_the_evicted_number_half_to_even() -> None:
     assert _allocate([1.0], 51, EvictionConfig(budget=0.5))[0] == [25]  # 25.5 evicted -> 26
     assert _allocate([1.0], 53, EvictionConfig(budget=0.5))[0] == [27]  # 26.5 evicted -> 26
@@ -45,7 +64,8 @@ def test_tvb_rounds_the_evicted_number_half_to_even() -> None:
 def test_vision_budget_keeps_all_text(budgeting: Budgeting) -> None:
     config = EvictionConfig(budget=0.25, budget_of="vision", budgeting=budgeting)
     kept, rate = _allocate([3.0, 1.0], 60, config, vision=40)
-    assert kept == ([30, 30] if budgeting == "uniform" else [35, 25])
+    wanted = {"uniform": [30, 30], "pyramid": [40, 20]}  # of 10 vision tokens 19.5 and 0.5, half to even
+    assert kept == wanted.get(budgeting, [35, 25])
     assert rate == pytest.approx([n / 60 for n in kept])
 
 

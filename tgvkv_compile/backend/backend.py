@@ -46,7 +46,7 @@ def tgvkv_backend(
     budget: float | int = 0.05,
     *,
     budget_of: BudgetOf = "all",
-    budgeting: Budgeting = "tvb",
+    budgeting: Budgeting | Callable[..., Any] = "tvb",
     decode: DecodeMode = "ratio",
     sink_tokens: int = SINK_TOKENS,
     ranking: Ranking | Callable[..., Any] = "twr",
@@ -69,7 +69,8 @@ def tgvkv_backend(
     Args:
         budget: Float in (0, 1]: fraction of KV kept. Int >= 1: tokens kept per layer, on average.
         budget_of: `"all"`: the budget is a fraction of the whole prompt; `"vision"`: of its vision tokens, all text kept.
-        budgeting: `"tvb"` (paper, as released), `"waterfill"` (clamped layers hand their surplus on) or `"uniform"`.
+        budgeting: `"tvb"` (paper, as released), `"waterfill"` (clamped layers hand their surplus on), `"uniform"`,
+            `"pyramid"`, or a function (`docs/policies.md`).
         decode: `"ratio"` (as released), `"fixed"` (one in, one out) or `"keep"` (nothing is evicted while decoding).
         sink_tokens: How many first tokens are always kept.
         ranking: Which tokens of a prompt stay: `"twr"` (as released), `"snapkv"`, `"h2o"`, `"streaming"`, `"knorm"`,

@@ -16,7 +16,7 @@ from tgvkv_compile.backend.cut import Cut
 from tgvkv_compile.backend.options import BackendOptions, read_options
 from tgvkv_compile.backend.programs import fewest_vision
 from tgvkv_compile.backend.wrappers import module_of
-from tgvkv_compile.config import EvictionConfig
+from tgvkv_compile.config import EvictionConfig, name_of
 from tgvkv_compile.errors import NoAttentionError, TgvkvError
 from tgvkv_compile.fx.meta import fake_tensor, source_line
 from tgvkv_compile.fx.subgraphs import all_nodes
@@ -153,8 +153,8 @@ class Explanation:
     def __str__(self) -> str:
         config = self.eviction
         lines = [
-            f"{self.model}, budget={config.budget} of {config.budget_of}, ranking={config.ranking_name}, "
-            f"budgeting={config.budgeting}, decode={config.decode}"
+            f"{self.model}, budget={config.budget} of {config.budget_of}, ranking={name_of(config.ranking)}, "
+            f"budgeting={name_of(config.budgeting)}, decode={config.decode}"
         ]
         described = [_graph_lines(graph) for graph in self.graphs]
         for first, last in _runs(described):

@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from tgvkv_compile.config import EvictionConfig, check_count
+from tgvkv_compile.config import Budgeting, EvictionConfig, Ranking, check_count, name_of
 from tgvkv_compile.errors import ConfigError
 from tgvkv_compile.ops.budgeting import Allocation, allocate, segment_capacity
 from tgvkv_compile.ops.capacities import fit_allocation, prompt_room
@@ -37,11 +37,13 @@ class BudgetPlan:
         check_count("max_new_tokens", self.max_new_tokens, minimum=0)
         if not self.capacities:
             raise ConfigError("capacities=() names no layer; give the slots of each layer that evicts")
-        if not isinstance(self.eviction.ranking, str):
-            raise ConfigError(
-                f"ranking={self.eviction.ranking!r} is a function, which a plan's JSON cannot hold; export takes rankings by "
-                "name: 'twr', 'snapkv', 'h2o', 'streaming', 'knorm' or 'random'"
-            )
+        for option, choices in (("ranking", Ranking), ("budgeting", Budgeting)):
+            policy = getattr(self.eviction, option)
+            if not isinstance(policy, str):
+                raise ConfigError(
+                    f"{option}={name_of(policy)} is a function, which a plan's JSON cannot hold; export takes it by name: "
+                    + ", ".join(map(repr, get_args(choices)))
+                )
         needed = _least_capacity(self.eviction, self.max_new_tokens)
         for layer, capacity in enumerate(self.capacities):
             check_count(f"capacities[{layer}]", capacity, minimum=1)

@@ -7,19 +7,25 @@ would decide whether a sample is evicted from at all, `int(N * (1 - rho)) == 0`,
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tgvkv_compile.config import Budgeting, EvictionConfig
+from tgvkv_compile.config import Budgeting, EvictionConfig, name_of
+from tgvkv_compile.errors import ConfigError
+from tgvkv_compile.ops.policy.pyramid import pyramid
+from tgvkv_compile.ops.policy.room import Room, Sharing, fill
+from tgvkv_compile.ops.policy.same import same
+from tgvkv_compile.ops.policy.tvb import tvb
+from tgvkv_compile.ops.policy.waterfill import waterfill
 from tgvkv_compile.ops.roles import Roles, vision_count
 
-_FILL_STEPS = 64
-# Weights below this share count as this share when layers are filled. It lets layers without any mass take what no
-# other layer can hold, so that the total is always met, and bounds the search.
-_FILL_MIN_WEIGHT = 2.0**-30
 BELOW_ONE = 1.0 - 2.0**-24  # the largest float32 below 1
+
+SHARINGS: dict[str, Sharing] = {"tvb": tvb, "waterfill": waterfill, "uniform": same, "pyramid": pyramid}
+_UNMET = ("tvb", "uniform")
+"""What rates are made of is what layers want, not what they get."""
 
 
 class Allocation(NamedTuple):
@@ -35,42 +41,18 @@ class Allocation(NamedTuple):
     rate: Tensor
 
 
-class _Room(NamedTuple):
-    """What is shared out: per layer `lower … upper` entries, `share` of them on average. All `[B, 1]` float32."""
-
-    share: Tensor
-    lower: Tensor
-    upper: Tensor
-
-
-def _tvb(weight: Tensor, room: _Room) -> Tensor:
-    """Wants `k_l = L * share * w_l [B, L]`, unclamped: what a clamped layer cannot hold is not handed to the others."""
-    return room.share * weight.shape[1] * weight
-
-
-def _waterfill(weight: Tensor, room: _Room) -> Tensor:
-    """Wants `clamp(c * w_l, lower, upper) [B, L]` with `c` such that they sum to `L * share`, found by bisection."""
-    weight = weight.clamp(min=_FILL_MIN_WEIGHT)
-    target = room.share * weight.shape[1]
-    low = torch.zeros_like(target)
-    high = room.upper / weight.amin(1, keepdim=True)
-    for _ in range(_FILL_STEPS):
-        middle = (low + high) * 0.5
-        over = (middle * weight).clamp(room.lower, room.upper).sum(1, keepdim=True) > target
-        low, high = torch.where(over, low, middle), torch.where(over, middle, high)
-    return (high * weight).clamp(room.lower, room.upper)
-
-
-def _uniform(weight: Tensor, room: _Room) -> Tensor:
-    """Wants the same `[B, L]` of every layer."""
-    return room.share.expand_as(weight)
-
-
-_BUDGETINGS: dict[Budgeting, Callable[[Tensor, _Room], Tensor]] = {
-    "tvb": _tvb,
-    "waterfill": _waterfill,
-    "uniform": _uniform,
-}
+def _wants(budgeting: Budgeting | Callable[..., Any], weight: Tensor, room: Room) -> Tensor:
+    """Entries that each layer wants, `[B, L]`; a function says by which weights the budget is filled."""
+    if isinstance(budgeting, str):
+        return SHARINGS[budgeting](weight, room)
+    found = budgeting(weight)
+    name = name_of(budgeting)
+    if not isinstance(found, Tensor) or found.dtype != torch.float32 or tuple(found.shape) != tuple(weight.shape):
+        what = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise ConfigError(
+            f"budgeting={name} returned {what}; it must be torch.float32 [B, L], here {tuple(weight.shape)} (docs/policies.md)"
+        )
+    return fill(found, room)
 
 
 def allocate(mass: Tensor, lengths: Tensor, num_vision: Tensor, *, config: EvictionConfig) -> Allocation:
@@ -89,17 +71,17 @@ def allocate(mass: Tensor, lengths: Tensor, num_vision: Tensor, *, config: Evict
     weight = _weights(mass, num_vision)
     length = lengths.to(torch.float32).unsqueeze(1)
     floor = length.clamp(max=config.sink_tokens + 1)
-    wants = _BUDGETINGS[config.budgeting]
     if config.budget_of == "all":
-        wanted = wants(weight, _Room(_share(length, config), floor, length))
+        wanted = _wants(config.budgeting, weight, Room(_share(length, config), floor, length))
         # The released code rounds the evicted number, half to even.
         kept = length - torch.round(length - wanted) if config.budgeting == "tvb" else torch.round(wanted)
         kept = kept.clamp(floor, length)
-        rate = (kept if config.budgeting == "waterfill" else wanted) / length.clamp(min=1.0)
+        rate = (wanted if config.budgeting in _UNMET else kept) / length.clamp(min=1.0)
     else:
         vision = num_vision.to(torch.float32).unsqueeze(1)
         none = torch.zeros_like(vision)
-        chosen = torch.round(wants(weight, _Room(_share(vision, config), none, vision))).clamp(none, vision)
+        wanted = _wants(config.budgeting, weight, Room(_share(vision, config), none, vision))
+        chosen = torch.round(wanted).clamp(none, vision)
         kept = torch.maximum(length - vision + chosen, floor)
         rate = kept / length.clamp(min=1.0)
     dense = _never_evicts(lengths, num_vision, config).unsqueeze(1)
@@ -216,7 +198,7 @@ def growth_bound(num_layers: int, length: int, new_tokens: int, *, config: Evict
     if config.decode == "fixed":
         return min(everything, num_layers * (config.sink_tokens + 1))
     # Per layer: capacity <= n + 1 + max(sink, 2 + G * r), see segment_capacity; the rates sum to at most L * rate.
-    if config.budget_of == "all" and config.budgeting != "waterfill":
+    if config.budget_of == "all" and config.budgeting in _UNMET:
         rate = config.budget / max(length, 1) if isinstance(config.budget, int) else config.budget
     else:
         rate = _layer_bound(length, num_vision, config) / max(length, 1)

@@ -1,5 +1,7 @@
 """Eviction at prefill: the kept entries of every layer go into one arena, each layer into its own segment."""
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +27,20 @@ def allocate_layers(mass: tuple[Tensor, ...], roles: Roles, **options: Any) -> A
     """
     config = EvictionConfig(**options)
     return allocate(torch.stack(mass, dim=1), roles.lengths, vision_count(roles, config=config), config=config)
+
+
+@functools.lru_cache(maxsize=64)
+def allocated_by(function: Callable[..., Any], budgeting: Callable[[Tensor], Tensor]) -> Callable[..., Allocation]:
+    """`allocate_layers` or its like by a budgeting of somebody else's, as a graph calls it.
+
+    It belongs to that function's module, so that no cache on disk takes it for one of this package.
+    """
+
+    def allocate_by(*args: Any, **options: Any) -> Allocation:
+        return function(*args, **{**options, "budgeting": budgeting})  # type: ignore[no-any-return]
+
+    allocate_by.__module__ = getattr(budgeting, "__module__", None) or "__main__"
+    return allocate_by
 
 
 def count_vision(roles: Roles, **options: Any) -> Tensor:

@@ -4,8 +4,9 @@ from torch.fx import GraphModule
 
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.fx.insert import insert_call
-from tgvkv_compile.ops.packing import allocate_layers
+from tgvkv_compile.ops.packing import allocate_layers, allocated_by
 from tgvkv_compile.passes.inserted import Budgets, Scores
+from tgvkv_compile.passes.told import told
 from tgvkv_compile.plan import Plan
 
 
@@ -23,6 +24,7 @@ def insert_budgeting(gm: GraphModule, plan: Plan, scores: Scores, config: Evicti
     Requires: `insert_scoring` ran. Ensures: one allocation for the whole graph.
     """
     options = config.constants()
-    with gm.graph.inserting_after(scores.score[-1]):
-        allocation = insert_call(gm, allocate_layers, scores.mass, scores.roles, name="tgvkv_budgets", **options)
+    function = allocate_layers if isinstance(config.budgeting, str) else allocated_by(allocate_layers, config.budgeting)
+    with gm.graph.inserting_after(scores.tier[-1]), told("budgeting", config.budgeting):
+        allocation = insert_call(gm, function, scores.mass, scores.roles, name="tgvkv_budgets", **options)
     return Budgets(allocation)

@@ -7,7 +7,7 @@ from torch.fx import GraphModule, Node
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.fx.insert import insert_call, insert_item
 from tgvkv_compile.fx.meta import output_nodes
-from tgvkv_compile.ops.packing import by_layer, protected_from
+from tgvkv_compile.ops.packing import allocated_by, by_layer, protected_from
 from tgvkv_compile.ops.retention import retain
 from tgvkv_compile.ops.state import Reselected
 from tgvkv_compile.ops.turns import allocate_again, extend_history
@@ -53,7 +53,9 @@ def insert_rebudgeting(gm: GraphModule, plan: Plan, candidates: Candidates, conf
     chosen: list[Node] = []
     with gm.graph.inserting_before(gm.graph.output_node()):
         shared = (candidates.history, candidates.new, candidates.keep_rate)
-        budgets = insert_call(gm, allocate_again, masses, roles, *shared, name="tgvkv_budgets", **options)
+        named = isinstance(config.budgeting, str)
+        function: Any = allocate_again if named else allocated_by(allocate_again, config.budgeting)
+        budgets = insert_call(gm, function, masses, roles, *shared, name="tgvkv_budgets", **options)
         kept = insert_item(gm, budgets, 0, name="tgvkv_kept")
         rate = insert_item(gm, budgets, 1, name="tgvkv_rate")
         counts = insert_call(gm, by_layer, kept, name="tgvkv_counts")

@@ -1,14 +1,12 @@
 """Insert scoring: per layer, how much the question looks at vision, and what every token is worth."""
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from tgvkv_compile.config import EvictionConfig
-from tgvkv_compile.errors import ConfigError, TgvkvError
+from tgvkv_compile.config import EvictionConfig, name_of
+from tgvkv_compile.errors import ConfigError
 from tgvkv_compile.fx.insert import insert_call, insert_item
 from tgvkv_compile.fx.meta import fake_value
 from tgvkv_compile.ops.graph_masks import valid_columns, vision_positions
@@ -16,6 +14,7 @@ from tgvkv_compile.ops.policy.named import LAYERS_ALIKE
 from tgvkv_compile.ops.policy.rank import rank_tokens, ranked_by
 from tgvkv_compile.ops.roles import token_roles
 from tgvkv_compile.passes.inserted import Scores
+from tgvkv_compile.passes.told import told
 from tgvkv_compile.plan import AttentionSite, Plan
 
 
@@ -57,31 +56,11 @@ def insert_scoring(gm: GraphModule, plan: Plan, config: EvictionConfig) -> Score
     return Scores(roles, valid, *rank_layers(gm, plan, (roles,) * plan.num_layers, config))
 
 
-@contextlib.contextmanager
-def _told(config: EvictionConfig) -> Iterator[None]:
-    """Says of a function that ranks what is wrong with it.
-
-    Raises:
-        ConfigError: It cannot be traced.
-    """
-    try:
-        yield
-    except TgvkvError:
-        raise
-    except Exception as error:
-        if isinstance(config.ranking, str):
-            raise
-        raise ConfigError(
-            f"ranking={config.ranking_name} cannot be traced ({type(error).__name__}: {str(error).strip().splitlines()[0]}); "
-            "make it of torch operations on its Layer, without .item(), `if` on a tensor, or NumPy (docs/policies.md)"
-        ) from error
-
-
 def _check_unchanged(site: AttentionSite, roles: Node, before: list[int], config: EvictionConfig) -> None:
     if _versions(site, roles) != before:
         raise ConfigError(
-            f"ranking={config.ranking_name} writes to its Layer in place, which the model goes on with; use operations that "
-            "make new tensors (docs/policies.md)"
+            f"ranking={name_of(config.ranking)} writes to its Layer in place, which the model goes on with; use operations "
+            "that make new tensors (docs/policies.md)"
         )
 
 
@@ -116,7 +95,7 @@ def rank_layers(
     for layer, site in enumerate(plan.sites):
         before = _versions(site, roles[layer])
         number = {} if config.ranking in LAYERS_ALIKE else {"layer": layer}
-        with gm.graph.inserting_after(site.lse or site.node), _told(config):
+        with gm.graph.inserting_after(site.lse or site.node), told("ranking", config.ranking):
             ranks = insert_call(
                 gm,
                 function,
