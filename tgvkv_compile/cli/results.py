@@ -124,8 +124,8 @@ def print_examples(console: Console, questions: Sequence[Question], rows: Sequen
 def print_table(console: Console, rows: Sequence[Row], settings: Settings) -> None:
     """Accuracy and memory of every way to run the model."""
     full = rows[0]
-    counts = ", ".join(f"{full.measured.accuracy[kind].total} {kind}" for kind in KINDS)
-    table = _table(f"{len(full.measured.texts)} held-out questions ({counts} tokens after the first)")
+    counts = " and ".join(f"{full.measured.accuracy[kind].total}" for kind in KINDS)
+    table = _table(f"Accuracy: {len(full.measured.texts)} held-out questions")
     table.add_column("KV budget", no_wrap=True)
     for name in (*KINDS, "same", "KV, MiB", "of full"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -141,8 +141,8 @@ def print_table(console: Console, rows: Sequence[Row], settings: Settings) -> No
         )
     console.print(table)
     console.print(
-        "content, position: right tokens after the first of each answer, by greedy generate(); a missing one is wrong. "
-        "same: answers equal to those of the full cache. "
+        f"content, position: right ones among {counts} tokens after the first of each answer, by greedy generate(); "
+        "a missing one is wrong. same: answers equal to those of the full cache. "
         "KV: bytes held by all caches after the answers, room for growth included. "
         f"All rows were compiled with {settings.lowering}, full KV by torch.compile itself.",
         style="dim",

@@ -147,4 +147,4 @@ def _answers(one: Speed, other: Speed) -> str:
 
 
 def _memory(one: Speed, other: Speed) -> str:
-    return f"It holds {one.physical_bytes / other.physical_bytes:.0%} of the bytes."
+    return f"It holds {one.physical_bytes / other.physical_bytes:.0%} of the KV bytes."
