@@ -2,15 +2,41 @@
 
 import io
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
+from tgvkv_compile.cli.compiling import waiting_shown
+from tgvkv_compile.cli.demo import first_answer
 from tgvkv_compile.cli.results import Settings, print_speed
-from tgvkv_compile.cli.speed import Speed, verdicts
+from tgvkv_compile.cli.speed import ROUNDS, Contender, Speed, race, verdicts
 from tgvkv_compile.cli.timing import CACHE_FOLDER, Times, cold_caches, median_times
+
+INPUTS = {"input_ids": torch.zeros(3, 7, dtype=torch.long)}
+
+
+class Model:
+    """Answers by waiting; its first answer is compiled."""
+
+    def __init__(self, step_ms: float, turns: list[float]) -> None:
+        self.step_ms, self.turns, self.compiled = step_ms, turns, False
+
+    def generate(self, *, max_new_tokens: int, stopping_criteria: Any, **inputs: Any) -> Any:
+        if not self.compiled:
+            with waiting_shown("prefill graph"):
+                time.sleep(0.3)
+        self.compiled = True
+        self.turns.append(self.step_ms)
+        for _ in range(max_new_tokens):
+            time.sleep(self.step_ms / 1000)
+            stopping_criteria[0](inputs["input_ids"], None)
+        return SimpleNamespace(layers=[SimpleNamespace(keys=torch.zeros(3, 1, 4, 2), values=torch.zeros(3, 1, 4, 2))])
 
 
 def speed(name: str, step_ms: float, *, seconds: float = 1.0, prompt_ms: float = 300.0, size: int = 100) -> Speed:
@@ -94,3 +120,31 @@ def test_caches_are_cold_and_the_users_folder_comes_back(before: str | None, mon
         assert folder.is_dir() and not list(folder.iterdir())
     assert not folder.exists()
     assert os.environ.get(CACHE_FOLDER) == before
+
+
+def test_contenders_take_turns_and_compilation_is_in_the_first_answer_alone() -> None:
+    turns: list[float] = []
+    contenders = [Contender(None, None, None, Model(1, turns)), Contender(0.2, "all", "tgvkv", Model(5, turns))]
+    quiet = Console(file=io.StringIO())
+    first = [first_answer(quiet, one, INPUTS) for one in contenders]
+    advanced: list[int] = []
+    one, other = race(contenders, first, INPUTS, lambda: advanced.append(1))
+    assert turns == [1, 5, *[1, 5, 5, 1] * ROUNDS][: 2 + 2 * ROUNDS]
+    assert len(advanced) == 2 * ROUNDS
+    assert (one.name, other.name) == ("full KV, uncompiled", "tgvkv, 20 % of all")
+    assert min(first) > 0.3
+    assert 1 <= one.later.step_ms < other.later.step_ms
+    assert one.later.seconds < first[0] and one.later.prompt_ms < 300
+    assert one.tokens_per_second == 3000 / one.later.step_ms
+    assert one.physical_bytes == 2 * 3 * 4 * 2 * 4
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_a_first_answer_waits_for_is_shown(terminal: bool) -> None:
+    written = io.StringIO()
+    console = Console(file=written, force_terminal=terminal, width=100, highlight=False)
+    first_answer(console, Contender(None, None, "torch.compile", Model(1, [])), INPUTS)
+    text = written.getvalue()
+    assert ("compiling for full KV, torch.compile: graphs of the first answer" in text) is terminal
+    assert ("compiling for full KV, torch.compile: prefill graph" in text) is terminal
+    assert "full KV, torch.compile: first answer after 0." in text

@@ -16,7 +16,8 @@ from torch import Tensor
 from tgvkv_compile.digits import Question
 from tgvkv_compile.runtime.inspect import inspect_cache
 
-BATCH = 50
+BATCH = 100
+"""Of 265 tokens or more: so many that most of what a decode step reads is KV, and most of its time goes there."""
 
 
 @dataclasses.dataclass(frozen=True)

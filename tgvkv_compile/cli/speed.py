@@ -16,7 +16,7 @@ from tgvkv_compile.config import BudgetOf
 from tgvkv_compile.runtime.inspect import inspect_cache
 
 STEPS = 15
-ROUNDS = 5
+ROUNDS = 3
 NOISE = 0.05
 """Differences that are smaller are none."""
 
