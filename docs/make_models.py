@@ -4,6 +4,7 @@ A test fails where it is out of date.
 """
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,8 @@ VERSIONS = """
 
 `make test-matrix` runs the tests on the oldest and newest supported releases, each pair in a virtual environment of its own.
 What is skipped needs what the release does not have (a family, an argument) or fails uncompiled too; `docs/matrix.json`
-has the reasons, counts and failures. A pair may stand there twice: the whole suite, then what was run again after the failures
-were mended.
+has the reasons, counts and failures. A pair may stand there more than once: the whole suite, parts of it, or what was run again
+after the failures were mended.
 
 | transformers | torch | tests | result | passed | failed | skipped | date |
 | --- | --- | --- | --- | --- | --- | --- | --- |
@@ -83,7 +84,7 @@ def row(name: str, record: dict[str, Any]) -> str:
 
 def version(result: dict[str, Any]) -> str:
     """One pair of releases."""
-    tests = f"`{' '.join(result['arguments'])}`" if result["arguments"] else "all"
+    tests = f"`{shlex.join(result['arguments'])}`" if result["arguments"] else "all"
     counts = [str(result[kind]) for kind in ("passed", "failed", "skipped")]
     return _cells(result["transformers"], result["torch"], tests, result["status"], *counts, result["date"])
 

@@ -18,8 +18,8 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAIRS = ("5.17.0:2.11.0", "5.17.0:2.13.0", "5.24.0:2.11.0", "5.24.0:2.13.0")
-"""transformers:torch, oldest and newest of each."""
+PAIRS = ("5.17.0:2.11.0", "5.17.0:2.13.0", "5.24.0:2.11.0", "5.24.0:2.13.0", "5.24.0:2.14.1")
+"""transformers:torch, oldest and newest of each, and the torch that `constraints.txt` has."""
 FREE = re.compile(r"(torch|transformers|huggingface-hub|tokenizers|torch-tensorrt|triton)==")
 """What the pair decides; every other release is that of `constraints.txt`."""
 

@@ -217,7 +217,8 @@ def test_an_operation_that_is_interrupted_between_layers_raises_on_next_use(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(logical, "make_handle", fails_at(3, logical.make_handle, KeyboardInterrupt()))
         OPERATIONS[operation](cache)
-    with pytest.raises((CacheError, RuntimeError), match="belongs to another cache|stale|size"):
+    # Torch 2.14 takes sizes that do not match for an exception of the model's, and leaves the decoder to eager code, in pieces.
+    with pytest.raises((CacheError, RuntimeError), match="belongs to another cache|stale|size|holds 1 of the 2 layers"):
         step(model, pairs(cache))
 
 

@@ -17,7 +17,7 @@ def untold() -> None:
 
 
 def test_releases_that_were_tried_say_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "__version__", "2.13.0+cpu")
+    monkeypatch.setattr(torch, "__version__", "2.14.1+cu130")
     monkeypatch.setitem(sys.modules, "transformers", types.SimpleNamespace(__version__="5.24.1"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from rich.progress import Progress
 
 from tests.support.models import Shape, make_inputs, make_model
 from tests.support.running import run
 from tgvkv_compile import tgvkv_backend
 from tgvkv_compile.backend import programs
-from tgvkv_compile.cli.compiling import compiling_shown
+from tgvkv_compile.cli.compiling import compiling_shown, waiting_shown
 
 
 def answer() -> None:
@@ -30,6 +31,31 @@ def test_it_says_which_graph_and_for_how_long_and_is_gone_afterwards() -> None:
     assert "0:00:00" in text
     assert text.count("\x1b[2K") >= 2  # each line is erased
     assert logging.getLogger("tgvkv_compile").handlers == []
+
+
+def test_it_says_of_which_model_and_who_waits_for_it() -> None:
+    written = io.StringIO()
+    with (
+        compiling_shown(Console(file=written, force_terminal=True, width=80), what="20 % of all"),
+        waiting_shown("first answer"),
+    ):
+        answer()
+    text = written.getvalue()
+    assert "compiling for 20 % of all: first answer" in text
+    assert "compiling for 20 % of all: decode graph of 2 layers" in text
+
+
+def test_a_bar_makes_room_and_comes_back() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    bar = Progress(console=console, transient=True)
+    with bar, compiling_shown(console, beside=bar):
+        assert bar.live.is_started
+        with waiting_shown("one thing"):
+            assert not bar.live.is_started
+            with waiting_shown("another"):
+                assert not bar.live.is_started
+            assert not bar.live.is_started
+        assert bar.live.is_started
 
 
 def test_nothing_is_written_where_nobody_looks() -> None:

@@ -37,7 +37,8 @@ def results(folder: Path, done: Done) -> dict[str, Any]:
 def test_tables_are_printed(done: Done) -> None:
     for words in ("right answer", "full KV", "100 % of all", "10 % of vision", "tokens/s", "tgvkv-demo.png"):
         assert words in done.out
-    assert "Traceback" not in done.err
+    assert "first answer after" in done.out and "these figures are not Inductor's" in done.out
+    assert not done.err  # nobody looks at it: no spinner
 
 
 def test_picture_is_written(folder: Path, done: Done) -> None:
@@ -50,19 +51,32 @@ def test_picture_is_written(folder: Path, done: Done) -> None:
 def test_json_has_versions_and_machine(results: dict[str, Any]) -> None:
     assert set(results["versions"]) == {"tgvkv-compile", "torch", "transformers", "python"}
     assert results["machine"]["torch_threads"] >= 1
-    assert results["settings"]["lowering"] == {"showcase": "eager", "table": "eager"}
+    assert results["settings"]["lowering"] == "eager"
 
 
 def test_json_has_every_way_to_run(results: dict[str, Any]) -> None:
     ways = [(row["budget"], row["budget_of"]) for row in results["rows"]]
-    assert ways == [(None, None), (1.0, "all"), (0.1, "all"), (1.0, "vision"), (0.1, "vision")]
+    assert ways == [(None, None), (1.0, "all"), (0.1, "all"), (0.1, "vision")]
     for row in results["rows"]:
         accuracy = row["accuracy_after_first"]
         assert set(accuracy) == {"content", "position"}
         assert all(0 <= kind["right"] <= kind["total"] for kind in accuracy.values())
-        assert row["tokens_per_second"] > 0
     answers = results["questions"][0]["answers"]
-    assert set(answers) == {"full KV", "100 % of all", "10 % of all", "100 % of vision", "10 % of vision"}
+    assert set(answers) == {"full KV", "100 % of all", "10 % of all", "10 % of vision"}
+
+
+def test_json_has_the_speed_of_all_contenders_on_one_batch(results: dict[str, Any]) -> None:
+    uncompiled, full, ours = results["speed"]["contenders"]
+    assert [one["compiled"] for one in (uncompiled, full, ours)] == [False, True, True]
+    assert (full["budget"], ours["budget"], ours["budget_of"]) == (None, 0.1, "all")
+    for one in (uncompiled, full, ours):
+        assert one["batch"] == QUESTIONS
+        assert one["tokens_per_second"] == pytest.approx(1000 * QUESTIONS / one["step_ms"])
+        assert 1000 * one["answer_seconds"] > one["prompt_ms"] > 0
+    for one in (full, ours):
+        assert one["first_answer_seconds"] > 2 * one["answer_seconds"]  # compilation is in no other figure
+    assert ours["physical_bytes"] < full["physical_bytes"] / 2 == uncompiled["physical_bytes"] / 2
+    assert len(results["speed"]["verdicts"]) == 1
 
 
 def test_the_whole_budget_answers_as_the_full_cache(results: dict[str, Any]) -> None:
@@ -74,7 +88,7 @@ def test_the_whole_budget_answers_as_the_full_cache(results: dict[str, Any]) -> 
 
 
 def test_smaller_budgets_hold_fewer_bytes(results: dict[str, Any]) -> None:
-    full, all_kept, tenth, _, tenth_of_vision = (row["physical_bytes"] for row in results["rows"])
+    full, all_kept, tenth, tenth_of_vision = (row["physical_bytes"] for row in results["rows"])
     assert tenth < tenth_of_vision < full / 2
     assert full < all_kept < 1.2 * full
 

@@ -76,7 +76,7 @@ def test_older_devices_have_no_flash_kernel_and_no_bfloat16(monkeypatch: pytest.
 @pytest.mark.usefixtures("ampere")
 @pytest.mark.parametrize("kernel", ["_flash_attention", "_efficient_attention"])
 def test_the_schemas_are_those_the_calls_were_written_for(kernel: str) -> None:
-    """Arguments by position and the first two results, torch 2.11 to 2.13."""
+    """Arguments by position and the first two results, torch 2.11 to 2.14."""
     schema = getattr(aten, f"_scaled_dot_product{kernel}").default._schema
     names = [argument.name for argument in schema.arguments]
     last = {"_flash_attention": ["dropout_p", "is_causal", "return_debug_mask", "scale"]}.get(

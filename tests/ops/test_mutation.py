@@ -1,7 +1,8 @@
 """Ops that write to their arguments compute compiled what they compute eagerly, however the arguments came about.
 
 The compiler makes such an op functional, merges equal expressions and drops copies, then writes in place again. Tensors that
-were apart must be apart after that, and views of one storage must see each other's writes.
+were apart must be apart after that, and views of one storage must see each other's writes. Issue 198031 of pytorch reports
+wrong results of other mutating ops whose arguments alias after that, in torch 2.14 and a nightly of 2.15.
 """
 
 from collections.abc import Callable

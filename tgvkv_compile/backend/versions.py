@@ -7,7 +7,7 @@ import warnings
 
 import torch
 
-NEWEST = {"torch": (2, 13), "transformers": (5, 24)}
+NEWEST = {"torch": (2, 14), "transformers": (5, 24)}
 """The newest release of each that tests have run on; `docs/models.md#versions` says which ones."""
 
 

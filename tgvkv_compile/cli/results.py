@@ -12,6 +12,7 @@ from rich.table import Table
 from tgvkv_compile.cli.accuracy import Measured, Tally
 from tgvkv_compile.cli.report import budget_label, cache_lines, machine, versions
 from tgvkv_compile.cli.showcase import Showcase
+from tgvkv_compile.cli.speed import ROUNDS, STEPS, Speed, verdicts
 from tgvkv_compile.config import BudgetOf, DecodeMode, Lowering
 from tgvkv_compile.digits import Question
 
@@ -25,8 +26,7 @@ class Settings:
     questions: int
     budgets: tuple[float | int, ...]
     bases: tuple[BudgetOf, ...]
-    showcase_lowering: Lowering
-    table_lowering: Lowering
+    lowering: Lowering
     decode: DecodeMode
     seed: int
     picture: Path
@@ -35,7 +35,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One way to run the model; without a budget it is the uncompiled model with its full KV cache."""
+    """One way to run the model; without a budget it is `torch.compile` with the full KV cache."""
 
     budget: float | int | None
     budget_of: BudgetOf | None
@@ -52,18 +52,57 @@ def label(budget: float | int | None, budget_of: BudgetOf | None) -> str:
 
 
 def print_showcase(console: Console, shown: Showcase, settings: Settings) -> None:
-    """One question: answers, cache, times."""
+    """One question: answers and cache."""
     scene = shown.scene
-    console.print(f"\n[bold]One question, compiled with {settings.showcase_lowering}[/bold]: {scene.question}")
+    batch = f", in a batch of {shown.report.batch_size}" if shown.report.batch_size > 1 else ""
+    console.print(f"\n[bold]One question[/bold]{batch}, compiled with {settings.lowering}: {scene.question}")
     console.print(f"  right answer     {scene.truth}")
     console.print(f"  full KV          {scene.full_answer}")
     console.print(f"  {scene.budget:<16} {scene.answer}")
     for line in cache_lines(shown.report):
         console.print(f"  {line}", soft_wrap=True)
-    console.print(f"  first generate() {shown.first_seconds:.1f} s, compilation included")
+    console.print()
+
+
+def print_speed(console: Console, speeds: Sequence[Speed], length: int, weights: int, settings: Settings) -> None:
+    """How fast each contender is, and whether anything is gained.
+
+    Args:
+        console: Where to print.
+        speeds: Of all contenders.
+        length: Tokens of a prompt, padding counted.
+        weights: Bytes of the model's weights.
+        settings: Of the demonstration.
+    """
+    rows = speeds[0].rows
+    table = _table(f"Speed: {rows} {'questions' if rows > 1 else 'question'} of {length} tokens at once")
+    table.add_column("", no_wrap=True)
+    for name in ("first, s", "later, s", "prompt, ms", "step, ms", "tokens/s", "KV, MiB"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for one in speeds:
+        table.add_row(
+            one.name,
+            f"{one.first_seconds:.1f}",
+            f"{one.later.seconds:.2f}",
+            f"{one.later.prompt_ms:.0f}",
+            f"{one.later.step_ms:.1f}",
+            f"{one.tokens_per_second:.0f}",
+            f"{one.physical_bytes / 2**20:.1f}",
+        )
+    console.print(table)
+    for line in verdicts(speeds):
+        console.print(line, style="bold")
+    full = max(one.physical_bytes for one in speeds if one.budget is None) / 2**20
     console.print(
-        f"  decode step      {shown.step_ms:.1f} ms; uncompiled, with full KV: {shown.full_step_ms:.1f} ms (medians)\n"
+        f"first: the first answer of {STEPS + 1} tokens, compilation included, from empty caches; what was compiled for a row "
+        f"further up is not compiled again. later: the same answer afterwards; medians of {ROUNDS}, contenders take turns. "
+        "prompt: until the first token; step: one decode step. "
+        f"A step reads {full:.0f} MiB of full KV and {weights / 2**20:.0f} MiB of weights.",
+        style="dim",
     )
+    if settings.lowering != "inductor":
+        console.print(f"lowering={settings.lowering!r} is for debugging: these figures are not Inductor's.", style="bold")
+    console.print()
 
 
 def print_examples(console: Console, questions: Sequence[Question], rows: Sequence[Row], settings: Settings) -> None:
@@ -83,12 +122,12 @@ def print_examples(console: Console, questions: Sequence[Question], rows: Sequen
 
 
 def print_table(console: Console, rows: Sequence[Row], settings: Settings) -> None:
-    """Accuracy, memory and speed of every way to run the model."""
+    """Accuracy and memory of every way to run the model."""
     full = rows[0]
-    counts = ", ".join(f"{full.measured.accuracy[kind].total} {kind}" for kind in KINDS)
-    table = _table(f"{len(full.measured.texts)} held-out questions ({counts} tokens after the first)")
+    counts = " and ".join(f"{full.measured.accuracy[kind].total}" for kind in KINDS)
+    table = _table(f"Accuracy: {len(full.measured.texts)} held-out questions")
     table.add_column("KV budget", no_wrap=True)
-    for name in (*KINDS, "same", "KV, MiB", "of full", "tokens/s"):
+    for name in (*KINDS, "same", "KV, MiB", "of full"):
         table.add_column(name, justify="right", no_wrap=True)
     for index, row in enumerate(rows):
         measured = row.measured
@@ -98,17 +137,14 @@ def print_table(console: Console, rows: Sequence[Row], settings: Settings) -> No
             f"{row.same_answers(full)}/{len(measured.texts)}",
             f"{measured.physical_bytes / 2**20:.1f}",
             f"{measured.physical_bytes / measured.logical_bytes:.1%}",
-            f"{measured.tokens_per_second:.0f}",
             end_section=index + 1 == len(rows) or rows[index + 1].budget_of != row.budget_of,
         )
     console.print(table)
-    rows_of_batch = round(full.measured.tokens_per_second * full.measured.step_ms / 1000)
     console.print(
-        "content, position: right tokens after the first of each answer, by greedy generate(); a missing one is wrong. "
-        "same: answers equal to those of the full cache. "
+        f"content, position: right ones among {counts} tokens after the first of each answer, by greedy generate(); "
+        "a missing one is wrong. same: answers equal to those of the full cache. "
         "KV: bytes held by all caches after the answers, room for growth included. "
-        f"tokens/s: {rows_of_batch} rows over the median decode step. "
-        f"Full KV ran uncompiled, the rest with lowering={settings.table_lowering!r}.",
+        f"All rows were compiled with {settings.lowering}, full KV by torch.compile itself.",
         style="dim",
     )
 
@@ -116,6 +152,7 @@ def print_table(console: Console, rows: Sequence[Row], settings: Settings) -> No
 def as_json(
     settings: Settings,
     shown: Showcase,
+    speeds: Sequence[Speed],
     questions: Sequence[Question],
     rows: Sequence[Row],
     picture: Path | None,
@@ -130,7 +167,7 @@ def as_json(
             "questions": settings.questions,
             "budgets": list(settings.budgets),
             "budget_of": list(settings.bases),
-            "lowering": {"showcase": settings.showcase_lowering, "table": settings.table_lowering},
+            "lowering": settings.lowering,
             "decode": settings.decode,
             "seed": settings.seed,
         },
@@ -146,9 +183,13 @@ def as_json(
             "physical_bytes": shown.report.physical_bytes,
             "logical_bytes": shown.report.logical_bytes,
             "reserve_bytes": shown.report.reserve_bytes,
-            "first_generate_seconds": shown.first_seconds,
-            "step_ms": shown.step_ms,
-            "full_step_ms": shown.full_step_ms,
+            "batch": shown.report.batch_size,
+        },
+        "speed": {
+            "answer_tokens": STEPS + 1,
+            "rounds": ROUNDS,
+            "contenders": [_speed_as_json(one) for one in speeds],
+            "verdicts": verdicts(speeds),
         },
         "rows": [_row_as_json(row, rows[0]) for row in rows],
         "questions": [
@@ -169,6 +210,22 @@ def _table(title: str) -> Table:
     return Table(title=title, title_justify="left", title_style="bold", box=HORIZONTALS, show_edge=False, pad_edge=False)
 
 
+def _speed_as_json(one: Speed) -> dict[str, Any]:
+    return {
+        "name": one.name,
+        "budget": one.budget,
+        "budget_of": one.budget_of,
+        "compiled": one.compiled,
+        "first_answer_seconds": one.first_seconds,
+        "answer_seconds": one.later.seconds,
+        "prompt_ms": one.later.prompt_ms,
+        "step_ms": one.later.step_ms,
+        "tokens_per_second": one.tokens_per_second,
+        "batch": one.rows,
+        "physical_bytes": one.physical_bytes,
+    }
+
+
 def _row_as_json(row: Row, full: Row) -> dict[str, Any]:
     measured = row.measured
     return {
@@ -182,8 +239,6 @@ def _row_as_json(row: Row, full: Row) -> dict[str, Any]:
         "physical_bytes": measured.physical_bytes,
         "logical_bytes": measured.logical_bytes,
         "reserve_bytes": measured.reserve_bytes,
-        "step_ms": measured.step_ms,
-        "tokens_per_second": measured.tokens_per_second,
         "seconds": measured.seconds,
     }
 

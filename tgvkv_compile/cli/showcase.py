@@ -1,24 +1,20 @@
-"""One question, compiled and looked at closely."""
+"""One question, looked at closely."""
 
 import dataclasses
 import os
 import shutil
 import sys
-import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from tgvkv_compile.backend.backend import tgvkv_backend
 from tgvkv_compile.cli.picture import Scene
 from tgvkv_compile.cli.report import budget_label
-from tgvkv_compile.cli.timing import median_step
-from tgvkv_compile.config import BudgetOf, DecodeMode, Lowering
+from tgvkv_compile.config import BudgetOf
 from tgvkv_compile.digits import Question
 from tgvkv_compile.runtime.inspect import CacheReport, inspect_cache
 
-TIMED_STEPS = 20
 NEW_TOKENS = 24
 
 
@@ -28,18 +24,11 @@ class Showcase:
 
     Attributes:
         scene: For the picture.
-        report: The cache after the answer; `full_report` likewise of the uncompiled model.
-        first_seconds: The first `generate`, compilation included.
-        step_ms: Median time of a decode step afterwards.
-        full_step_ms: Likewise of the uncompiled model.
+        report: The cache after the answer, of the whole batch; the question is its first sample.
     """
 
     scene: Scene
     report: CacheReport
-    full_report: CacheReport
-    first_seconds: float
-    step_ms: float
-    full_step_ms: float
 
 
 def can_compile() -> bool:
@@ -48,41 +37,30 @@ def can_compile() -> bool:
 
 
 def show(
-    model: Any,
-    processor: Any,
-    question: Question,
-    budget: float | int,
-    budget_of: BudgetOf,
-    lowering: Lowering,
-    decode: DecodeMode,
+    full: Any, model: Any, processor: Any, questions: Sequence[Question], budget: float | int, budget_of: BudgetOf
 ) -> Showcase:
-    """Asks one question of the uncompiled model and of the compiled one.
+    """Asks questions, in one batch, of the uncompiled model and of the compiled one.
 
     Args:
-        model: Not compiled yet; compiled afterwards.
-        processor: Of the model.
-        question: The question.
-        budget: KV kept.
+        full: The uncompiled model.
+        model: The compiled one.
+        processor: Of both.
+        questions: The first is looked at. A second one makes a batch of it, which the graphs for batches serve.
+        budget: KV kept by `model`.
         budget_of: What `budget` is a fraction of.
-        lowering: Compiler.
-        decode: What decoding evicts.
     """
-    inputs = dict(processor(images=[question.image], text=[question.prompt], return_tensors="pt"))
-    full = _ask(model, inputs)
-    full_step = median_step(model, inputs, TIMED_STEPS)
-    backend = tgvkv_backend(budget, budget_of=budget_of, lowering=lowering, decode=decode, growth_reserve=NEW_TOKENS)
-    model.compile(backend=backend)
-    begun = time.perf_counter()
-    result = _ask(model, inputs)
-    first_seconds = time.perf_counter() - begun
-    step = median_step(model, inputs, TIMED_STEPS)
+    question = questions[0]
+    images, texts = [one.image for one in questions], [one.prompt for one in questions]
+    inputs = dict(processor(images=images, text=texts, padding=True, return_tensors="pt"))
+    everything, result = (_ask(one, inputs, NEW_TOKENS) for one in (full, model))
     prompt = inspect_cache(_ask(model, inputs, 1))
-    ids = inputs["input_ids"][0]
+    ids = inputs["input_ids"][0][inputs["attention_mask"][0].bool()]  # kept positions do not count padding either
     vision = (ids == model.config.image_token_id).nonzero().flatten().tolist()
     length = len(ids)
     share = budget / length if isinstance(budget, int) else budget
     text = length - len(vision)
-    said = [processor.tokenizer.decode(one.sequences[0, length:], skip_special_tokens=True) for one in (result, full)]
+    start = inputs["input_ids"].shape[1]
+    said = [processor.tokenizer.decode(one.sequences[0, start:], skip_special_tokens=True) for one in (result, everything)]
     words = question.prompt.split("<image>")[-1].removesuffix("answer :").strip()
     scene = Scene(
         image=question.image,
@@ -97,16 +75,9 @@ def show(
         prompt_length=length,
         mean_budget=min(1.0, share) * length if budget_of == "all" else text + min(1.0, share) * len(vision),
     )
-    return Showcase(
-        scene=scene,
-        report=inspect_cache(result),
-        full_report=inspect_cache(full),
-        first_seconds=first_seconds,
-        step_ms=1000 * step,
-        full_step_ms=1000 * full_step,
-    )
+    return Showcase(scene, inspect_cache(result))
 
 
-def _ask(model: Any, inputs: dict[str, Tensor], new_tokens: int = NEW_TOKENS) -> Any:
+def _ask(model: Any, inputs: dict[str, Any], new_tokens: int) -> Any:
     with torch.inference_mode():
         return model.generate(**inputs, do_sample=False, max_new_tokens=new_tokens, return_dict_in_generate=True)

@@ -1,6 +1,6 @@
 """All private torch imports of the package, in one place.
 
-Checked on torch 2.11.0 and 2.13.0. Each name says what it is used for:
+Checked on torch 2.11.0, 2.13.0 and 2.14.1. Each name says what it is used for:
 
 - `FakeTensor`, `FakeTensorMode`, `ShapeEnv`, `DimDynamic`, `ConstantSource`: a shape environment of our own (`fx.environment`).
 - `trace_structured`: graphs in `TORCH_TRACE` (`fx.dump`).

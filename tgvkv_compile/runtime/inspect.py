@@ -1,6 +1,7 @@
 """What a compressed cache holds, for users."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import torch
@@ -93,8 +94,8 @@ def inspect_cache(cache: Any) -> CacheReport:
     Raises:
         CacheError: It is not a KV cache, or it is empty.
     """
-    named = (getattr(cache, name, None) for name in CACHE_NAMES)
-    layers = next((held.layers for held in (cache, *named) if hasattr(held, "layers")), ())
+    named = (getattr(cache, name, None) for name in CACHE_NAMES)  # one by one: transformers warns of the old name
+    layers = next((held.layers for held in itertools.chain((cache,), named) if hasattr(held, "layers")), ())
     holding = [layer for layer in layers if getattr(layer, "keys", None) is not None]
     # Sliding windows are never compressed, and a report on a compressed cache leaves them out as well.
     whole = [layer for layer in holding if not getattr(layer, "is_sliding", False)]

@@ -1,6 +1,6 @@
 """For whom dynamo is tracing: a backend that knows handles, or one that would compute on their NaN.
 
-Private torch imports of the runtime, checked on torch 2.13.0:
+Private torch imports of the runtime, checked on torch 2.13.0 and 2.14.1:
 
 - `InstructionTranslator.current_tx().output.compiler_fn` is the backend of the frame that is being traced.
 - `get_eval_frame_callback` is what dynamo compiles the frames that are called now with; it knows the backend.
