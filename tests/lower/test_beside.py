@@ -67,6 +67,8 @@ def test_the_processor_is_probed_for_a_cpu_once(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(cpu_vec_isa, "valid_vec_isa_list", find)
     beside.prepare_inductor(torch.nn.Linear(2, 2, device="meta"))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    beside.prepare_inductor()
     assert cpu_vec_isa.valid_vec_isa_list is find
     for _ in range(2):
         beside.prepare_inductor(torch.nn.Linear(2, 2))
@@ -82,14 +84,15 @@ def test_whoever_asks_for_what_cannot_be_found_out_gets_the_error(monkeypatch: p
         raise OSError("no compiler")
 
     monkeypatch.setattr(cpu_vec_isa, "valid_vec_isa_list", fail)
-    beside.prepare_inductor(torch.nn.Linear(2, 2))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    beside.prepare_inductor()
     with pytest.raises(OSError, match="no compiler"):
         cpu_vec_isa.valid_vec_isa_list()
 
 
 def test_other_lowerings_probe_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[torch.nn.Module] = []
-    monkeypatch.setattr("tgvkv_compile.backend.backend.prepare_inductor", asked.append)
+    asked: list[torch.nn.Module | None] = []
+    monkeypatch.setattr("tgvkv_compile.backend.backend.prepare_inductor", lambda model=None: asked.append(model))
     model, inputs = make_model(), make_inputs(((3, 4),))
     model.compile(backend=tgvkv_backend(0.5, lowering="eager"))
     run(model, inputs, 1)
@@ -100,4 +103,4 @@ def test_other_lowerings_probe_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):
         with pytest.raises(InterruptedError):
             model(**inputs)
-    assert asked == [model]
+    assert asked == [None, model]

@@ -130,6 +130,8 @@ class TgvkvBackend:
         self._dumper = Dumper(options.dump_graphs)
         self._told: set[str] = set()
         prepare = prepare_inductor if options.lowering == "inductor" else None
+        if prepare is not None:
+            prepare()
         self.cut = Cut(self, strict=options.on_unsupported == "raise", prepare=prepare)
         warn_of_untried()
         if options.configure_dynamo:

@@ -84,7 +84,9 @@ def probe_instructions() -> threading.Thread:
 
     Inductor compiles and loads a small program for each set of them, and keeps what it finds.
     """
-    import torch._inductor.cpu_vec_isa  # not before it is needed
+    import torch._inductor.codecache  # here and not in the thread: two that import parts of one package may see half of it
+    import torch._inductor.cpp_builder
+    import torch._inductor.cpu_vec_isa
 
     cpu_vec_isa: Any = torch._inductor.cpu_vec_isa
 

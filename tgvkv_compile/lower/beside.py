@@ -15,9 +15,16 @@ import torch
 from tgvkv_compile.fx.private import kernels_put_off, probe_instructions
 
 
-def prepare_inductor(model: torch.nn.Module) -> None:
-    """Begins with what Inductor will want to know of the processor, where that is what the model runs on."""
-    if all(parameter.device.type == "cpu" for parameter in itertools.islice(model.parameters(), 1)):
+def prepare_inductor(model: torch.nn.Module | None = None) -> None:
+    """Begins with what Inductor will want to know of the processor, where that is what a model runs on.
+
+    Args:
+        model: The model; None: none is known yet, and only a machine without accelerators leaves no choice.
+    """
+    if model is None:
+        if not torch.accelerator.is_available():
+            probe_processor()
+    elif all(parameter.device.type == "cpu" for parameter in itertools.islice(model.parameters(), 1)):
         probe_processor()
 
 
