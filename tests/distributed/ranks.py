@@ -23,6 +23,8 @@ STEPS = 4
 SHAPE = Shape(layers=2, heads=4, kv_heads=2)
 INPUTS = make_inputs([[9, 12], [4, 6]])
 CONFIG = EvictionConfig(budget=0.4)
+RANKED = ("h2o", "knorm")
+"""By attention of all heads, and by the keys of all."""
 TIMEOUT = timedelta(seconds=240)
 
 
@@ -77,7 +79,15 @@ def _job(rank: int, folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
     in_prefill = lambda mean, *of: over_ranks(mean, *of) if mean.shape[-1] == length else mean  # noqa: E731
     patch.setattr(tensor_parallel, "mean_over_ranks", in_prefill)
     found["decode alone"] = _plain(run(model, INPUTS, STEPS, forced=forced))
+    patch.setattr(tensor_parallel, "mean_over_ranks", over_ranks)
+    found["rankings"] = {name: kept_by(model, name) for name in RANKED}
     return found
+
+
+def kept_by(model: Any, ranking: Any) -> Any:
+    """Which positions each layer of each sample keeps of the prompt."""
+    model.compile(backend=tgvkv_backend(CONFIG.budget, ranking=ranking, lowering="eager"))
+    return run(model, INPUTS, 0).kept
 
 
 def _plain(trace: Trace) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.ranks import CONFIG, INPUTS, RANKS, SHAPE, STEPS, run_ranks
+from tests.distributed.ranks import CONFIG, INPUTS, RANKED, RANKS, SHAPE, STEPS, kept_by, run_ranks
 from tests.support.comparing import assert_same_run
 from tests.support.models import IMAGE, make_model
 from tests.support.reference import ReferenceTrace, reference
@@ -49,6 +49,13 @@ def test_each_rank_holds_its_own_heads(found: list[dict[str, Any]]) -> None:
         assert rank["arena"] == [2, SHAPE.kv_heads // RANKS]
         assert rank["shard"] == [SHAPE.kv_heads * SHAPE.head_dim // RANKS, width]
         assert any(rank["known by"])  # the cache knows the model that made it
+
+
+@pytest.mark.parametrize("ranking", RANKED)
+def test_other_rankings_are_those_of_one_process(found: list[dict[str, Any]], ranking: str) -> None:
+    alone = kept_by(make_model(SHAPE), ranking)
+    for rank in found:
+        assert rank["rankings"][ranking] == alone
 
 
 @pytest.mark.parametrize("alone", ["prefill alone", "decode alone"])

@@ -108,9 +108,11 @@ def configs(draw: st.DrawFn) -> EvictionConfig:
     return EvictionConfig(
         budget=draw(budgets),
         budget_of=draw(st.sampled_from(["all", "vision"])),
-        budgeting=draw(st.sampled_from(["tvb", "waterfill", "uniform"])),
+        budgeting=draw(st.sampled_from(["tvb", "waterfill", "uniform", "pyramid"])),
         decode=draw(st.sampled_from(["ratio", "fixed", "keep", "ratio"])),
         sink_tokens=draw(st.sampled_from([4, 0, 1, 7, 4, 4])),
+        # Key norms are not among them: the reference sees attention, and no keys.
+        ranking=draw(st.sampled_from(["twr", "twr", "twr", "snapkv", "h2o", "streaming", "random"])),
     )
 
 
