@@ -26,6 +26,7 @@ class Process:
         make_model: Makes it, and the same again for the oracle.
         make_inputs: Of the model, prompts and a seed, makes what its processor would.
         monkeypatch: Of the test.
+        config: The budget, and which tokens stay.
 
     Attributes:
         lowered: How many graphs were lowered.
@@ -36,10 +37,11 @@ class Process:
         make_model: Callable[[], Any],
         make_inputs: Callable[[Any, Any, int], dict[str, Tensor]],
         monkeypatch: pytest.MonkeyPatch,
+        config: EvictionConfig = CONFIG,
     ) -> None:
-        self._make_model, self._make_inputs = make_model, make_inputs
+        self._make_model, self._make_inputs, self._config = make_model, make_inputs, config
         self.model = make_model()
-        self.backend = tgvkv_backend(CONFIG.budget, lowering="eager")
+        self.backend = tgvkv_backend(config.budget, ranking=config.ranking, lowering="eager")
         self.model.compile(backend=self.backend)
         self.lowered = 0
         self._asked = 0
@@ -73,7 +75,7 @@ class Process:
         self._asked += 1
         for seed in range(self._asked, self._asked + 100 * TRIES, 100):
             inputs = self._make_inputs(self.model, prompts, seed)
-            wanted = Session(self._make_model(), CONFIG, image_token=(IMAGE, VIDEO)).generate(inputs, steps)
+            wanted = Session(self._make_model(), self._config, image_token=(IMAGE, VIDEO)).generate(inputs, steps)
             if wanted.fragile == [None] * len(prompts):  # else float noise decides what is kept: other pictures
                 if bool((inputs["input_ids"][0] == IMAGE).any()):
                     assert min(wanted.lengths[0][0]) < int(inputs["attention_mask"][0].sum()), "nothing is evicted"

@@ -10,10 +10,11 @@ import pytest
 
 from tests.families.family import Family, Prompt, make_inputs, make_model
 from tests.families.media import OTHER_SIZES
-from tests.families.process import Process, added
+from tests.families.process import CONFIG, Process, added
 from tests.families.table import FAMILIES
 from tests.families.test_families import RECORD, fails_alone, skip_what_fails_alone
 from tests.support.counting import of_decoder, of_generate
+from tgvkv_compile.config import EvictionConfig
 
 Batch = tuple[Prompt, ...]
 SINGLE: tuple[Batch, ...] = (
@@ -36,11 +37,12 @@ QUICK = ("llava", "llava_next", "qwen2_5_vl", "gemma3", "chameleon", "idefics3")
 merges vision itself, and samples padded with pictures."""
 
 
-def process_of(family: Family, monkeypatch: pytest.MonkeyPatch) -> Process:
+def process_of(family: Family, monkeypatch: pytest.MonkeyPatch, config: EvictionConfig = CONFIG) -> Process:
     return Process(
         lambda: make_model(family),
         lambda model, prompts, seed: make_inputs(family, model, prompts, seed=seed, others=OTHER_SIZES),
         monkeypatch,
+        config,
     )
 
 
@@ -65,6 +67,14 @@ def test_one_graph_for_every_prompt(name: str, monkeypatch: pytest.MonkeyPatch) 
     process.call(BATCHES[0], BATCHES[1], steps=0, give_mask=True)  # positions of a padded step must be given
     process.call(BATCHES[2])
     assert of_decoder(process.graphs()) == added(graphs, graphs, direct, direct)
+
+
+@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES])
+def test_other_rankings(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention's rows and the order of tokens are the same whatever ranks."""
+    skip_what_fails_alone(name)
+    process = process_of(FAMILIES[name], monkeypatch, EvictionConfig(0.3, ranking="h2o"))
+    process.generate(BATCHES[0], steps=1)
 
 
 @pytest.mark.slow
