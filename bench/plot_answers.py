@@ -29,7 +29,7 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
         panel.set_title(f"batch {point['batch']}")
         panel.set_ylim(bottom=0)
         panel.grid(True, alpha=0.25)
-    axes[0][0].legend()
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(COLOURS) + 2)
     figure.suptitle(f"{found['preset_name']}, {found['preset']['layers']} layers, hidden size {found['preset']['hidden']}")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
