@@ -11,7 +11,7 @@ from tests.support.comparing import assert_same_run
 from tests.support.models import IMAGE, Shape, make_inputs, make_model
 from tests.support.reference import reference, reference_turn
 from tests.support.running import kept_of, run, second_turn
-from tgvkv_compile import explain, tgvkv_backend
+from tgvkv_compile import explain, inspect_cache, tgvkv_backend
 from tgvkv_compile.config import Budgeting, EvictionConfig
 from tgvkv_compile.config import Ranking as RankingName
 from tgvkv_compile.errors import ConfigError
@@ -172,6 +172,10 @@ def test_two_functions_of_one_name() -> None:
     assert late[5:-1] != early[5:-1] and sum(late) > sum(early)
 
 
+def returns_positions(layer: Layer) -> Ranked:
+    return Ranked((layer.tokens.positions + 1).float())
+
+
 def returns_a_tensor(layer: Layer) -> Any:
     return layer.key.sum((1, 3))
 
@@ -225,6 +229,14 @@ def test_a_function_that_breaks_a_rule_is_named(ranking: Any, said: str) -> None
     model = compiled(ranking)
     with pytest.raises(ConfigError, match=rf"(?s)ranking={ranking.__name__} {said}"):
         run(model, make_inputs(((5, 9),)), 1)
+
+
+def test_the_cache_names_its_policies() -> None:
+    model, inputs = compiled(returns_positions, budgeting="pyramid"), make_inputs(((5, 9),))
+    report = inspect_cache(model.generate(**inputs, max_new_tokens=2, do_sample=False, return_dict_in_generate=True))
+    assert (report.ranking, report.budgeting) == ("returns_positions", "pyramid")
+    uncompiled = make_model(SHAPE).generate(**inputs, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
+    assert (inspect_cache(uncompiled).ranking, inspect_cache(uncompiled).budgeting) == (None, None)
 
 
 @pytest.mark.parametrize("wrong", ["snapKV", None, 3])

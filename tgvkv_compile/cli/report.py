@@ -21,6 +21,8 @@ def cache_lines(report: CacheReport, sample: int = 0) -> list[str]:
         f"  kept per layer: {' '.join(str(length) for length in lengths)}",
         f"  bytes: {size(report.physical_bytes)} of {size(report.logical_bytes)} ({share:.1%})",
     ]
+    if report.ranking is not None:
+        lines.append(f"  policy: ranking {report.ranking}, budgeting {report.budgeting}")
     if report.reserve_bytes:
         lines.append(f"  of which free for growth: {size(report.reserve_bytes)}")
     if not report.compressed:

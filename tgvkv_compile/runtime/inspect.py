@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tgvkv_compile.config import name_of
 from tgvkv_compile.errors import CacheError
 from tgvkv_compile.runtime.compact import CompactCache, kept_positions
 from tgvkv_compile.runtime.logical import LogicalKV
@@ -24,6 +25,8 @@ class CacheReport:
         physical_bytes: What keys and values really occupy: the arenas with their growth reserve, and the slot positions.
         logical_bytes: What the full keys and values would occupy.
         reserve_bytes: The part of `physical_bytes` that holds no entry now: growth reserve and rounding.
+        ranking: Which tokens stayed: the name of the policy, of a function its own; None: nothing was evicted.
+        budgeting: How layers shared the budget, likewise.
     """
 
     compressed: bool
@@ -33,6 +36,8 @@ class CacheReport:
     physical_bytes: int
     logical_bytes: int
     reserve_bytes: int
+    ranking: str | None = None
+    budgeting: str | None = None
     _compact: CompactCache | None = dataclasses.field(repr=False, default=None)
 
     def kept_positions(self, layer: int, sample: int = 0) -> Tensor:
@@ -121,6 +126,8 @@ def inspect_cache(cache: Any) -> CacheReport:
         physical_bytes=slots * (entry + positions.element_size()),
         logical_bytes=compact.batch * num_layers * compact.logical_length * entry,
         reserve_bytes=(slots - int(state.segment_len.sum())) * (entry + positions.element_size()),
+        ranking=name_of(compact.config.ranking),
+        budgeting=name_of(compact.config.budgeting),
         _compact=compact,
     )
 
