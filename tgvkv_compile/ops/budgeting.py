@@ -17,9 +17,9 @@ from tgvkv_compile.errors import ConfigError
 from tgvkv_compile.ops.policy.pyramid import pyramid
 from tgvkv_compile.ops.policy.room import Room, Sharing, fill
 from tgvkv_compile.ops.policy.same import same
+from tgvkv_compile.ops.policy.share import budgeted
 from tgvkv_compile.ops.policy.tvb import tvb
 from tgvkv_compile.ops.policy.waterfill import waterfill
-from tgvkv_compile.ops.roles import Roles, vision_count
 
 BELOW_ONE = 1.0 - 2.0**-24  # the largest float32 below 1
 
@@ -72,7 +72,7 @@ def allocate(mass: Tensor, lengths: Tensor, num_vision: Tensor, *, config: Evict
     length = lengths.to(torch.float32).unsqueeze(1)
     floor = length.clamp(max=config.sink_tokens + 1)
     if config.budget_of == "all":
-        wanted = _wants(config.budgeting, weight, Room(_share(length, config), floor, length))
+        wanted = _wants(config.budgeting, weight, Room(budgeted(length, config), floor, length))
         # The released code rounds the evicted number, half to even.
         kept = length - torch.round(length - wanted) if config.budgeting == "tvb" else torch.round(wanted)
         kept = kept.clamp(floor, length)
@@ -80,7 +80,7 @@ def allocate(mass: Tensor, lengths: Tensor, num_vision: Tensor, *, config: Evict
     else:
         vision = num_vision.to(torch.float32).unsqueeze(1)
         none = torch.zeros_like(vision)
-        wanted = _wants(config.budgeting, weight, Room(_share(vision, config), none, vision))
+        wanted = _wants(config.budgeting, weight, Room(budgeted(vision, config), none, vision))
         chosen = torch.round(wanted).clamp(none, vision)
         kept = torch.maximum(length - vision + chosen, floor)
         rate = kept / length.clamp(min=1.0)
@@ -95,22 +95,6 @@ def _weights(mass: Tensor, num_vision: Tensor) -> Tensor:
     total = mass.sum(1, keepdim=True)
     weighs = (num_vision.unsqueeze(1) > 0) & (total > 0)
     return torch.where(weighs, mass / torch.where(weighs, total, 1.0), 1.0 / mass.shape[1])
-
-
-def _share(tokens: Tensor, config: EvictionConfig) -> Tensor:
-    """`rho` times the tokens that the budget is a fraction of: entries per layer on average."""
-    if isinstance(config.budget, int):
-        return tokens.clamp(max=config.budget)
-    return tokens * config.budget
-
-
-def mean_share(roles: Roles, *, config: EvictionConfig) -> Tensor:
-    """float32 `[B]`: how many entries layers keep on average, before rounding."""
-    length = roles.lengths.to(torch.float32)
-    if config.budget_of == "all":
-        return _share(length, config)
-    vision = vision_count(roles, config=config).to(torch.float32)
-    return length - vision + _share(vision, config)
 
 
 def _never_evicts(lengths: Tensor, num_vision: Tensor, config: EvictionConfig) -> Tensor:

@@ -1,0 +1,23 @@
+"""How many entries layers keep on average."""
+
+import torch
+from torch import Tensor
+
+from tgvkv_compile.config import EvictionConfig
+from tgvkv_compile.ops.roles import Roles, vision_count
+
+
+def budgeted(tokens: Tensor, config: EvictionConfig) -> Tensor:
+    """`rho` times the tokens that the budget is a fraction of: entries per layer on average."""
+    if isinstance(config.budget, int):
+        return tokens.clamp(max=config.budget)
+    return tokens * config.budget
+
+
+def mean_share(roles: Roles, *, config: EvictionConfig) -> Tensor:
+    """float32 `[B]`: how many entries layers keep on average, before rounding."""
+    length = roles.lengths.to(torch.float32)
+    if config.budget_of == "all":
+        return budgeted(length, config)
+    vision = vision_count(roles, config=config).to(torch.float32)
+    return length - vision + budgeted(vision, config)
