@@ -80,9 +80,18 @@ def _known(args: Any) -> dict[object, Any]:
     return {}
 
 
-def insert_item(gm: GraphModule, node: Node, index: int, *, name: str) -> Node:
-    """Inserts `name = node[index]`, for functions that return tuples."""
-    return insert_call(gm, operator.getitem, node, index, name=name)
+def insert_item(gm: GraphModule, node: Node, place: int | str, *, name: str) -> Node:
+    """Inserts `name = node[place]`, for functions that return tuples; of a `NamedTuple` the place is a field's name.
+
+    Raises:
+        InternalError: It has no such field.
+    """
+    if isinstance(place, str):
+        fields: tuple[str, ...] = getattr(fake_value(node), "_fields", ())
+        if place not in fields:
+            raise InternalError(f"%{node.name} has no field {place!r}; it has {fields}")
+        place = fields.index(place)
+    return insert_call(gm, operator.getitem, node, place, name=name)
 
 
 def insert_placeholder(gm: GraphModule, name: str, value: Any) -> Node:

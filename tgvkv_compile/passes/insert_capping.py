@@ -4,7 +4,7 @@ from torch.fx import GraphModule
 
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.fx.insert import insert_call, insert_item
-from tgvkv_compile.ops.capping import cap_layer
+from tgvkv_compile.ops.capping import Capped, cap_layer
 from tgvkv_compile.passes.inserted import LayerCandidates, Scores
 from tgvkv_compile.plan import Plan
 
@@ -39,8 +39,8 @@ def insert_capping(
             options = (cap, config.budget, config.sink_tokens)
             capped = insert_call(gm, cap_layer, *kv, score, tier, scores.roles, *options, name=f"tgvkv_capped_{layer}")
         parts = []
-        for index, part in reversed(list(enumerate(("key", "value", "score", "tier", "roles")))):
+        for part in reversed(Capped._fields):
             with gm.graph.inserting_after(capped):
-                parts.append(insert_item(gm, capped, index, name=f"tgvkv_capped_{part}_{layer}"))
+                parts.append(insert_item(gm, capped, part, name=f"tgvkv_capped_{part}_{layer}"))
         found.append(LayerCandidates(*reversed(parts)))
     return tuple(found)

@@ -63,10 +63,10 @@ def insert_eviction(
     slots_node = insert_placeholder(gm, "tgvkv_slots", slots)
     with gm.graph.inserting_before(gm.graph.output_node()):
         call = _Caller(gm)
-        kept = call.item(budgets.allocation, 0, "tgvkv_kept")
-        rate = call.item(budgets.allocation, 1, "tgvkv_rate")
-        positions = call.item(scores.roles, 3, "tgvkv_positions")
-        lengths = call.item(scores.roles, 4, "tgvkv_lengths")
+        kept = call.item(budgets.allocation, "kept", "tgvkv_kept")
+        rate = call.item(budgets.allocation, "rate", "tgvkv_rate")
+        positions = call.item(scores.roles, "positions", "tgvkv_positions")
+        lengths = call.item(scores.roles, "lengths", "tgvkv_lengths")
         chosen = capped if capped is not None else _all_tokens(plan, scores)
         arena = call(packing.new_arena, chosen[0].key, chosen[0].value, slots_node, name="tgvkv_arena")
         shared = (budgets.allocation, lengths)
@@ -81,16 +81,15 @@ def insert_eviction(
             keep.meta[BEGINS] = True
             keeps.append(keep)
             if capped is not None:
-                positions = call.item(candidates.roles, 3, f"tgvkv_positions_{layer}")
+                positions = call.item(candidates.roles, "positions", f"tgvkv_positions_{layer}")
             kv = (candidates.key, candidates.value)
             pin(call(packing.evict_into, arena, *kv, keep, positions, first[layer], name=f"tgvkv_evict_{layer}"))
         roles = tuple(candidates.roles for candidates in chosen)
         opened = call(packing.open_segments, tuple(keeps), roles, starts, name="tgvkv_state")
         opened.meta[BEGINS] = True
-        state = [call.item(arena, index, f"tgvkv_out_{index}") for index in range(3)]
-        state.append(starts)
-        state += [call.item(opened, index, f"tgvkv_out_{index + 4}") for index in range(3)]
-        state += [rate, lengths]
+        arenas = [call.item(arena, field, f"tgvkv_out_{index}") for index, field in enumerate(packing.Arena._fields)]
+        books = [call.item(opened, field, f"tgvkv_out_{index}") for index, field in enumerate(packing.Bookkeeping._fields, 4)]
+        state = [*arenas, starts, *books, rate, lengths]  # as `CompactState` has them
         history = call(vision_history, scores.roles, name="tgvkv_history")
     for site in plan.sites:
         outputs[site.key.output] = outputs[site.value.output] = None
@@ -111,8 +110,8 @@ class _Caller:
     def __call__(self, function: Any, *args: Any, name: str, **kwargs: Any) -> Node:
         return insert_call(self._gm, function, *args, name=name, **kwargs)
 
-    def item(self, node: Node, index: int, name: str) -> Node:
-        return insert_item(self._gm, node, index, name=name)
+    def item(self, node: Node, place: int | str, name: str) -> Node:
+        return insert_item(self._gm, node, place, name=name)
 
     def items(self, node: Node, count: int, name: str) -> list[Node]:
         return [self.item(node, index, f"{name}_{index}") for index in range(count)]

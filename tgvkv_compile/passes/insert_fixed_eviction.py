@@ -44,10 +44,8 @@ def insert_fixed_eviction(
         budgets = insert_call(
             gm, fit_layers, scores.mass, scores.roles, capacities, new_tokens, name="tgvkv_budgets", **options
         )
-        kept, rate = (insert_item(gm, budgets, place, name=name) for place, name in enumerate(("tgvkv_kept", "tgvkv_rate")))
-        positions, lengths = (
-            insert_item(gm, scores.roles, place, name=name) for place, name in ((3, "tgvkv_positions"), (4, "tgvkv_lengths"))
-        )
+        kept, rate = (insert_item(gm, budgets, field, name=f"tgvkv_{field}") for field in ("kept", "rate"))
+        positions, lengths = (insert_item(gm, scores.roles, field, name=f"tgvkv_{field}") for field in ("positions", "lengths"))
         ranked = (scores.score, scores.tier, scores.roles, kept)
         keeps = insert_call(gm, retain_layers, *ranked, name="tgvkv_keep", sink_tokens=config.sink_tokens)
         returned: list[Node] = [logits]

@@ -59,9 +59,9 @@ def insert_fixed_scoring(
                 layer=layer,
                 **options,
             )
-            out = insert_item(gm, scored, 0, name=f"tgvkv_output_{layer}")
-            masses.append(insert_item(gm, scored, 1, name=f"tgvkv_mass_{layer}"))
-            scores.append(insert_item(gm, scored, 2, name=f"tgvkv_score_{layer}"))
-            tiers.append(insert_item(gm, scored, 3, name=f"tgvkv_tier_{layer}"))
+            out = insert_item(gm, scored, "output", name=f"tgvkv_output_{layer}")
+            masses.append(insert_item(gm, scored, "mass", name=f"tgvkv_mass_{layer}"))
+            scores.append(insert_item(gm, scored, "score", name=f"tgvkv_score_{layer}"))
+            tiers.append(insert_item(gm, scored, "tier", name=f"tgvkv_tier_{layer}"))
         site.node.replace_all_uses_with(out)
     return Scores(roles, attention_mask, tuple(masses), tuple(scores), tuple(tiers))

@@ -56,8 +56,8 @@ def insert_rebudgeting(gm: GraphModule, plan: Plan, candidates: Candidates, conf
         named = isinstance(config.budgeting, str)
         function: Any = allocate_again if named else allocated_by(allocate_again, config.budgeting)
         budgets = insert_call(gm, function, masses, roles, *shared, name="tgvkv_budgets", **options)
-        kept = insert_item(gm, budgets, 0, name="tgvkv_kept")
-        rate = insert_item(gm, budgets, 1, name="tgvkv_rate")
+        kept = insert_item(gm, budgets, "kept", name="tgvkv_kept")
+        rate = insert_item(gm, budgets, "rate", name="tgvkv_rate")
         counts = insert_call(gm, by_layer, kept, name="tgvkv_counts")
         for layer, score in enumerate(scores):
             count = insert_item(gm, counts, layer, name=f"tgvkv_kept_{layer}")
@@ -73,10 +73,10 @@ def insert_rebudgeting(gm: GraphModule, plan: Plan, candidates: Candidates, conf
                     sink_tokens=config.sink_tokens,
                 )
             )
-            chosen += [keeps[-1], insert_item(gm, roles[layer], 3, name=f"tgvkv_at_{layer}")]
+            chosen += [keeps[-1], insert_item(gm, roles[layer], "positions", name=f"tgvkv_at_{layer}")]
         protected = insert_call(gm, protected_from, tuple(keeps), roles, name="tgvkv_protected")
-        lengths = insert_item(gm, candidates.new, 4, name="tgvkv_lengths_next")
-        valid = insert_item(gm, candidates.new, 0, name="tgvkv_valid")
+        lengths = insert_item(gm, candidates.new, "lengths", name="tgvkv_lengths_next")
+        valid = insert_item(gm, candidates.new, "valid", name="tgvkv_valid")
         history = insert_call(gm, extend_history, candidates.history, candidates.new, name="tgvkv_seen")
     decided: Any = (kept, rate, protected, lengths, valid, history)
     gm.graph.output_node().args = ((*outputs, *chosen, *Reselected(*decided)),)

@@ -11,7 +11,7 @@ from tgvkv_compile.fx.insert import insert_call, insert_item
 from tgvkv_compile.fx.meta import fake_value
 from tgvkv_compile.ops.graph_masks import valid_columns, vision_positions
 from tgvkv_compile.ops.policy.named import LAYERS_ALIKE
-from tgvkv_compile.ops.policy.rank import rank_tokens, ranked_by
+from tgvkv_compile.ops.policy.rank import TokenRanks, rank_tokens, ranked_by
 from tgvkv_compile.ops.roles import token_roles
 from tgvkv_compile.passes.inserted import Scores
 from tgvkv_compile.passes.told import told
@@ -112,9 +112,9 @@ def rank_layers(
             )
         _check_unchanged(site, roles[layer], before, config)
         parts: list[Node] = []
-        for index, part in enumerate(("mass", "score", "tier")):
+        for part in TokenRanks._fields:
             with gm.graph.inserting_after(parts[-1] if parts else ranks):
-                parts.append(insert_item(gm, ranks, index, name=f"tgvkv_{part}_{layer}"))
+                parts.append(insert_item(gm, ranks, part, name=f"tgvkv_{part}_{layer}"))
         found.append(tuple(parts))
     masses, scores, tiers = zip(*found, strict=True)
     return masses, scores, tiers
