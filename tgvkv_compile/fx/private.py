@@ -15,6 +15,7 @@ Checked on torch 2.11.0, 2.13.0 and 2.14.1. Each name says what it is used for:
 - `mark_static` says what `torch._dynamo.mark_static_address` says, of an input that dynamo has not seen.
 - `make_fx`, `disable_proxy_modes_tracing`: a vision encoder is traced for pictures of one size (`export.vision`).
 - `DynamicInt` is an int that dynamo never takes for a constant (`backend.sliding_windows`).
+- `NoHostReads`, a `TorchDispatchMode`: what a user's function may not do (`passes.told`).
 - `probe_instructions`, `kernels_put_off`: what Inductor waits for the C++ compiler for (`lower.beside`).
 - `GraphCompileReason` is what dynamo puts on a graph module as `compile_subgraph_reason`.
 """
@@ -39,7 +40,7 @@ from torch.fx.experimental import _config as symbolic_shapes_config
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.fx.experimental.sym_node import DynamicInt
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, free_symbols
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "GraphCompileReason",
+    "NoHostReads",
     "ShapeEnv",
     "compile_lock",
     "disable_proxy_modes_tracing",
@@ -105,6 +107,20 @@ def probe_instructions() -> threading.Thread:
     cpu_vec_isa.valid_vec_isa_list = found
     thread.start()
     return thread
+
+
+class NoHostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses operators whose result, or its size, is known on the host only when the device has run."""
+
+    _REFUSED = frozenset(
+        ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim")
+    )
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs everything else."""
+        if func.name().partition(".")[0] in self._REFUSED:
+            raise RuntimeError(f"{func.name()} reads a tensor's values on the host")
+        return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager

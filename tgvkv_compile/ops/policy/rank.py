@@ -129,9 +129,10 @@ def ranked_by(ranking: Ranking) -> Callable[..., TokenRanks]:
 def _checked(ranked: object, roles: Roles, name: str) -> Ranked:
     """Raises [`ConfigError`][] unless a function gave what a ranking must."""
     if not isinstance(ranked, Ranked):
+        found = "a Tensor" if isinstance(ranked, Tensor) else type(ranked).__name__
         raise ConfigError(
-            f"ranking={name} returned {type(ranked).__name__}; return Ranked(score, tier=None, layer_weight=None) of "
-            "tgvkv_compile.policy (docs/policies.md)"
+            f"ranking={name} returned {found}; return Ranked(score, tier=None, layer_weight=None) of tgvkv_compile.policy "
+            "(docs/policies.md)"
         )
     tokens = tuple(roles.valid.shape)
     for part, value, dtype, shape in (
