@@ -74,7 +74,7 @@ def test_other_rankings(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention's rows and the order of tokens are the same whatever ranks."""
     skip_what_fails_alone(name)
     process = process_of(FAMILIES[name], monkeypatch, EvictionConfig(0.3, ranking="h2o"))
-    process.generate(BATCHES[0], steps=1)
+    process.generate(BATCHES[0], steps=0)
 
 
 @pytest.mark.slow
