@@ -10,9 +10,7 @@ from tests.kernels.bounds import check_bounded
 from tests.ops.prompts import Layer, make_layer, vision_at
 from tgvkv_compile.ops.kernels import prefill as kernels
 from tgvkv_compile.ops.kernels.prefill import fused_applies, fused_weigh
-from tgvkv_compile.ops.policy.layer import Layer as RankedLayer
-from tgvkv_compile.ops.policy.rank import scores_from_attention
-from tgvkv_compile.ops.policy.tgv import twr
+from tgvkv_compile.ops.policy.rank import rank_by_walk, scores_from_attention
 from tgvkv_compile.ops.roles import Roles
 from tgvkv_compile.ops.weighing import AttentionRows, Weighed, plain_weigh
 
@@ -33,15 +31,12 @@ def exact(layer: Layer) -> tuple[Tensor, Tensor, Tensor, float]:
 
 def scores(weigh: Any, rows: AttentionRows, roles: Roles) -> tuple[Tensor, Tensor]:
     """Mass and scores by one implementation of the op."""
-    ranked = twr(
-        RankedLayer(
-            rows.k,
-            roles,
-            rows.q.shape[2],
-            lambda asked: [Weighed(*weigh(weights.unsqueeze(1), wanted, *rows)) for weights, wanted in asked],
-        )
-    )
-    return ranked.layer_weight, ranked.score
+
+    def walk(asked: Any) -> list[Weighed]:
+        return [Weighed(*weigh(weights.unsqueeze(1), wanted, *rows)) for weights, wanted in asked]
+
+    ranks = rank_by_walk(rows.k, roles, rows.q.shape[2], walk)
+    return ranks.mass, ranks.score
 
 
 def check(layer: Layer) -> None:
