@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from tgvkv_compile.backend.chunk_loops import keep_chunk_loops
 
@@ -36,7 +36,7 @@ def test_the_operation_is_the_models_function(length: int, resumed: bool) -> Non
     wanted = own()(*given, initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True)
     found = torch.ops.tgvkv.gated_delta_rule(*given, state, 64, True, qwen3_5.__name__)
     assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
-    torch.library.opcheck(
+    library.opcheck(
         torch.ops.tgvkv.gated_delta_rule,
         (*given, state, 64, True, qwen3_5.__name__),
         test_utils=("test_schema", "test_faketensor"),

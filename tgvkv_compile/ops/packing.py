@@ -30,14 +30,16 @@ def allocate_layers(mass: tuple[Tensor, ...], roles: Roles, **options: Any) -> A
 
 
 @functools.lru_cache(maxsize=64)
-def allocated_by(function: Callable[..., Any], budgeting: Callable[[Tensor], Tensor]) -> Callable[..., Allocation]:
-    """`allocate_layers` or its like by a budgeting of somebody else's, as a graph calls it.
+def allocated_by(function: Callable[..., Allocation], budgeting: str | Callable[[Tensor], Tensor]) -> Callable[..., Allocation]:
+    """`allocate_layers` or its like as a graph calls it: itself for a name; for a function of somebody else's, one with that.
 
-    It belongs to that function's module, so that no cache on disk takes it for one of this package.
+    Such a one belongs to that function's module, so that no cache on disk takes it for one of this package.
     """
+    if isinstance(budgeting, str):
+        return function
 
     def allocate_by(*args: Any, **options: Any) -> Allocation:
-        return function(*args, **{**options, "budgeting": budgeting})  # type: ignore[no-any-return]
+        return function(*args, **{**options, "budgeting": budgeting})
 
     allocate_by.__module__ = getattr(budgeting, "__module__", None) or "__main__"
     return allocate_by

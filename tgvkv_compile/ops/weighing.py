@@ -6,7 +6,7 @@ columns that are wanted are computed.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, library
@@ -57,7 +57,7 @@ class AttentionRows(NamedTuple):
     attn_mask: Tensor | None
     is_causal: bool
     scale: float
-    lse: Tensor | None
+    lse: Tensor | None = None
 
     def attention(self, start: int, end: int, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Head-mean attention and visibility of rows `start … end - 1`, both `[B, R, C]`.
@@ -159,24 +159,15 @@ plain_weigh: Callable[..., tuple[Tensor, Tensor]] = _weigh._init_fn
 
 
 @_weigh.register_kernel("cuda")
-def weigh_on_cuda(
-    weights: Tensor,
-    wanted: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    valid: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    lse: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def weigh_on_cuda(weights: Tensor, wanted: Tensor | None, *attention: Any) -> tuple[Tensor, Tensor]:
     """A Triton kernel where attention gave its log-sum-exp; the plain function where not."""
-    args = (weights, wanted, q, k, valid, attn_mask, is_causal, scale, lse)
-    if not kernels.available():
-        return plain_weigh(*args)
-    from tgvkv_compile.ops.kernels import prefill as fused
+    rows = AttentionRows(*attention)
+    if kernels.available():
+        from tgvkv_compile.ops.kernels import prefill as fused
 
-    return fused.fused_weigh(*args) if fused.fused_applies(q, k, attn_mask, lse) else plain_weigh(*args)
+        if fused.fused_applies(rows.q, rows.k, rows.attn_mask, rows.lse):
+            return fused.fused_weigh(weights, wanted, *rows)
+    return plain_weigh(weights, wanted, *rows)
 
 
 @_weigh.register_fake

@@ -24,7 +24,7 @@ def insert_budgeting(gm: GraphModule, plan: Plan, scores: Scores, config: Evicti
     Requires: `insert_scoring` ran. Ensures: one allocation for the whole graph.
     """
     options = config.constants()
-    function = allocate_layers if isinstance(config.budgeting, str) else allocated_by(allocate_layers, config.budgeting)
+    function = allocated_by(allocate_layers, config.budgeting)
     with gm.graph.inserting_after(scores.tier[-1]), told("budgeting", config.budgeting):
         allocation = insert_call(gm, function, scores.mass, scores.roles, name="tgvkv_budgets", **options)
     return Budgets(allocation)

@@ -14,6 +14,7 @@ from tgvkv_compile.ops.turns import allocate_again, extend_history
 from tgvkv_compile.passes.cached import drop_pasts
 from tgvkv_compile.passes.insert_scoring import rank_layers
 from tgvkv_compile.passes.inserted import Candidates
+from tgvkv_compile.passes.told import told
 from tgvkv_compile.plan import Plan
 
 
@@ -53,9 +54,9 @@ def insert_rebudgeting(gm: GraphModule, plan: Plan, candidates: Candidates, conf
     chosen: list[Node] = []
     with gm.graph.inserting_before(gm.graph.output_node()):
         shared = (candidates.history, candidates.new, candidates.keep_rate)
-        named = isinstance(config.budgeting, str)
-        function: Any = allocate_again if named else allocated_by(allocate_again, config.budgeting)
-        budgets = insert_call(gm, function, masses, roles, *shared, name="tgvkv_budgets", **options)
+        function = allocated_by(allocate_again, config.budgeting)
+        with told("budgeting", config.budgeting):
+            budgets = insert_call(gm, function, masses, roles, *shared, name="tgvkv_budgets", **options)
         kept = insert_item(gm, budgets, "kept", name="tgvkv_kept")
         rate = insert_item(gm, budgets, "rate", name="tgvkv_rate")
         counts = insert_call(gm, by_layer, kept, name="tgvkv_counts")

@@ -2,20 +2,17 @@
 
 from typing import Any
 
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from tgvkv_compile.config import EvictionConfig, name_of
-from tgvkv_compile.errors import ConfigError
+from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.fx.insert import insert_call, insert_item
-from tgvkv_compile.fx.meta import fake_value
 from tgvkv_compile.ops.graph_masks import valid_columns, vision_positions
 from tgvkv_compile.ops.policy.named import LAYERS_ALIKE
 from tgvkv_compile.ops.policy.rank import TokenRanks, rank_tokens, ranked_by
 from tgvkv_compile.ops.roles import token_roles
 from tgvkv_compile.passes.inserted import Scores
 from tgvkv_compile.passes.told import told
-from tgvkv_compile.plan import AttentionSite, Plan
+from tgvkv_compile.plan import Plan
 
 
 def insert_scoring(gm: GraphModule, plan: Plan, config: EvictionConfig) -> Scores:
@@ -56,20 +53,6 @@ def insert_scoring(gm: GraphModule, plan: Plan, config: EvictionConfig) -> Score
     return Scores(roles, valid, *rank_layers(gm, plan, (roles,) * plan.num_layers, config))
 
 
-def _check_unchanged(site: AttentionSite, roles: Node, before: list[int], config: EvictionConfig) -> None:
-    if _versions(site, roles) != before:
-        raise ConfigError(
-            f"ranking={name_of(config.ranking)} writes to its Layer in place, which the model goes on with; use operations "
-            "that make new tensors (docs/policies.md)"
-        )
-
-
-def _versions(site: AttentionSite, roles: Node) -> list[int]:
-    """How often the tensors that a ranking is given were written to."""
-    values = [fake_value(node) for node in (site.query, site.key.node, site.mask, site.lse) if node is not None]
-    return [value._version for value in (*values, *fake_value(roles)) if isinstance(value, Tensor)]
-
-
 def rank_layers(
     gm: GraphModule, plan: Plan, roles: tuple[Node, ...], config: EvictionConfig
 ) -> tuple[tuple[Node, ...], tuple[Node, ...], tuple[Node, ...]]:
@@ -93,9 +76,9 @@ def rank_layers(
         options["group"] = plan.tensor_parallel.group
     found = []
     for layer, site in enumerate(plan.sites):
-        before = _versions(site, roles[layer])
+        given = (site.query, site.key.node, site.mask, site.lse, roles[layer])
         number = {} if config.ranking in LAYERS_ALIKE else {"layer": layer}
-        with gm.graph.inserting_after(site.lse or site.node), told("ranking", config.ranking):
+        with gm.graph.inserting_after(site.lse or site.node), told("ranking", config.ranking, given):
             ranks = insert_call(
                 gm,
                 function,
@@ -110,7 +93,6 @@ def rank_layers(
                 **options,
                 **number,
             )
-        _check_unchanged(site, roles[layer], before, config)
         parts: list[Node] = []
         for part in TokenRanks._fields:
             with gm.graph.inserting_after(parts[-1] if parts else ranks):

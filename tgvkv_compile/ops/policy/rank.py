@@ -40,11 +40,8 @@ def rank_tokens(
     scale: float,
     lse: Tensor | None = None,
     *,
-    ranking: str | Ranking = "twr",
-    layer: int = 0,
-    budget: float | int = 1.0,
-    budget_of: str = "all",
     group: str | None = None,
+    **options: Any,
 ) -> TokenRanks:
     """Ranks the tokens of one layer, without ever holding `N x N` attention.
 
@@ -60,17 +57,13 @@ def rank_tokens(
         scale: The factor on the logits.
         lse: `[B, H, R]` float32, the log-sum-exp of each row's visible logits, where attention gives it
             (`ops.attention`): then less is computed.
-        ranking: Name, or function.
-        layer: Which layer.
-        budget: As of `EvictionConfig`, and so is `budget_of`; with `"vision"` all text stays, whatever the ranking says.
-        budget_of: See `budget`.
         group: Name of the process group over whose ranks heads are split: `q`, `k` and `lse` are of this rank's heads, all else
             is equal on all ranks, and so are the bits of the result. None: all heads are here.
+        **options: `ranking`, `layer`, `budget` and `budget_of` of [`rank_by_walk`][].
     """
     walk = attending(AttentionRows(q, k, roles.valid, attn_mask, is_causal, scale, lse))
     if group is not None:
         walk = over_ranks(walk, q.shape[1], group)
-    options: dict[str, Any] = {"ranking": ranking, "layer": layer, "budget": budget, "budget_of": budget_of}
     return rank_by_walk(k, roles, q.shape[2], walk, group=group, **options)
 
 
@@ -93,11 +86,11 @@ def rank_by_walk(
         roles: Of the `S` columns.
         num_rows: `R`.
         walk: Sums rows.
-        ranking: As there, and so are all that follow.
-        layer: See `ranking`.
-        budget: See `ranking`.
-        budget_of: See `ranking`.
-        group: See `ranking`.
+        ranking: Name, or function.
+        layer: Which layer.
+        budget: As of `EvictionConfig`, and so is `budget_of`; with `"vision"` all text stays, whatever the ranking says.
+        budget_of: See `budget`.
+        group: As there.
     """
     config = EvictionConfig(budget, budget_of)  # type: ignore[arg-type]
     average = functools.partial(_mean_heads, group=group)
