@@ -19,7 +19,8 @@ from tgvkv_compile import tgvkv_backend
 from tgvkv_compile.backend import programs
 from tgvkv_compile.errors import CacheError, StaleCacheError
 from tgvkv_compile.lower import Lowered
-from tgvkv_compile.ops import decode_step, segments
+from tgvkv_compile.ops import continue_step, segments
+from tgvkv_compile.ops.kernels import decode_cpu
 from tgvkv_compile.runtime import logical
 from tgvkv_compile.runtime.compact import CompactCache
 
@@ -137,9 +138,8 @@ def test_a_call_that_fails_between_layers_breaks_the_cache(
     twin, again = copy.deepcopy(caches), copy.deepcopy(caches)
     expected = CALLS[call](model, twin)
     with monkeypatch.context() as patch, pytest.raises(BaseException) as caught:
-        for op in (decode_step, "tgvkv_compile.ops.continue_step"):
-            target = op if isinstance(op, str) else op.__name__
-            patch.setattr(f"{target}.attend_segment", fails_at(2, segments.attend_segment, fault))  # the second layer's
+        patch.setattr(decode_cpu, "decode_step_by", fails_at(2, decode_cpu.decode_step_by, fault))  # the second layer's
+        patch.setattr(continue_step, "attend_segment", fails_at(2, segments.attend_segment, fault))
         CALLS[call](model, caches)
     assert isinstance(caught.value, type(fault))
     for use in (*CALLS.values(), lambda _, broken: copy.deepcopy(broken)):

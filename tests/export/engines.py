@@ -17,7 +17,8 @@ from tgvkv_compile.export.generator import Generator
 def check_files(generator: Generator) -> None:
     """Every operator of the engines' ONNX files is one that TensorRT's parser takes."""
     for path in generator.folder.glob("*.onnx"):
-        assert problems_of_onnx(onnx.load(path, load_external_data=False)) == [], path.name
+        found = problems_of_onnx(onnx.load(path, load_external_data=False))
+        assert found == [], f"{path.name}: {found}"
 
 
 def kept_by(generator: Generator) -> Kept:

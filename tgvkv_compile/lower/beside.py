@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 
 from tgvkv_compile.fx.private import kernels_put_off, probe_instructions
+from tgvkv_compile.ops.kernels import decode_cpu
 
 
 def prepare_inductor(model: torch.nn.Module | None = None) -> None:
@@ -30,8 +31,15 @@ def prepare_inductor(model: torch.nn.Module | None = None) -> None:
 
 @functools.cache
 def probe_processor() -> threading.Thread:
-    """Finds out in a thread which vector instructions there are; once per process."""
-    return probe_instructions()
+    """Finds out in a thread which vector instructions there are, then compiles the decode kernel; once per process."""
+    probing = probe_instructions()
+
+    def compile_kernels() -> None:
+        probing.join()
+        decode_cpu.kernels()
+
+    threading.Thread(target=compile_kernels, name="tgvkv-kernels", daemon=True).start()
+    return probing
 
 
 @contextlib.contextmanager

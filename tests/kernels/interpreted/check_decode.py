@@ -6,6 +6,7 @@ from torch import Tensor
 
 from tests.kernels.bounds import check_bounded
 from tests.kernels.cases import StepCase, random_step
+from tests.kernels.comparing import decided, plain, same_books
 from tgvkv_compile.errors import InternalError
 from tgvkv_compile.ops import decode_step as op
 from tgvkv_compile.ops.kernels import decode as kernels
@@ -14,37 +15,11 @@ from tgvkv_compile.ops.state import CompactState
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 MODES = ["ratio", "fixed", "keep"]
-NOISE = 1e-5
-"""Relative difference of attentions below which float32 may order them either way."""
-
-
-def plain(case: StepCase, decode: str, sink: int = 4) -> tuple[Tensor, CompactState]:
-    state = case.fresh()
-    return op._decode_step(case.query, case.key, case.value, *state, case.layer, case.scale, decode, sink), state
 
 
 def fused(case: StepCase, decode: str, sink: int = 4) -> tuple[Tensor, CompactState]:
     state = case.fresh()
     return fused_decode_step(case.query, case.key, case.value, state, case.layer, case.scale, decode, sink), state
-
-
-def decided(case: StepCase, sink: int = 4) -> bool:
-    """Whether no two entries that may go are within noise of each other at the bottom."""
-    _, attention, positions, _ = case.exact()
-    protected = case.state.protect_from[:, case.layer]
-    for sample in range(len(attention)):
-        above = positions[sample][positions[sample] > protected[sample]]
-        limit = above.min() if len(above) else protected[sample]
-        evictable = (positions[sample] >= sink) & (positions[sample] < limit)
-        two = attention[sample][evictable].sort().values[:2]
-        if len(two) == 2 and float(two[1] - two[0]) <= NOISE * float(two[1]):
-            return False
-    return True
-
-
-def same_books(actual: CompactState, expected: CompactState) -> None:
-    for name, got, wanted in zip(CompactState._fields, actual, expected, strict=True):
-        assert torch.equal(got, wanted), name
 
 
 def check(case: StepCase, decode: str, sink: int = 4) -> None:

@@ -1,4 +1,4 @@
-"""Triton kernels behind the opaque ops, for CUDA devices (`docs/gpu.md`).
+"""Kernels behind the opaque ops: in Triton for CUDA devices (`docs/gpu.md`), in C++ for CPUs (`decode_cpu`).
 
 `decode` and `prefill` launch what `decode_kernels` and `prefill_kernels` hold. Only these four import Triton, and the first
 call that needs them imports them: importing the package must not need it.
