@@ -20,7 +20,7 @@ from tgvkv_compile.backend import programs
 from tgvkv_compile.errors import CacheError, StaleCacheError
 from tgvkv_compile.lower import Lowered
 from tgvkv_compile.ops import continue_step, segments
-from tgvkv_compile.ops.kernels import decode_cpu
+from tgvkv_compile.ops.kernels.cpu import decode as cpu_decode
 from tgvkv_compile.runtime import logical
 from tgvkv_compile.runtime.compact import CompactCache
 
@@ -138,7 +138,7 @@ def test_a_call_that_fails_between_layers_breaks_the_cache(
     twin, again = copy.deepcopy(caches), copy.deepcopy(caches)
     expected = CALLS[call](model, twin)
     with monkeypatch.context() as patch, pytest.raises(BaseException) as caught:
-        patch.setattr(decode_cpu, "decode_step_by", fails_at(2, decode_cpu.decode_step_by, fault))  # the second layer's
+        patch.setattr(cpu_decode, "decode_step_by", fails_at(2, cpu_decode.decode_step_by, fault))  # the second layer's
         patch.setattr(continue_step, "attend_segment", fails_at(2, segments.attend_segment, fault))
         CALLS[call](model, caches)
     assert isinstance(caught.value, type(fault))

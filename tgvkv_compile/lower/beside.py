@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 
 from tgvkv_compile.fx.private import kernels_put_off, probe_instructions
-from tgvkv_compile.ops.kernels import decode_cpu
+from tgvkv_compile.ops.kernels.cpu.library import library
 
 
 def prepare_inductor(model: torch.nn.Module | None = None) -> None:
@@ -31,12 +31,12 @@ def prepare_inductor(model: torch.nn.Module | None = None) -> None:
 
 @functools.cache
 def probe_processor() -> threading.Thread:
-    """Finds out in a thread which vector instructions there are, then compiles the decode kernel; once per process."""
+    """Finds out in a thread which vector instructions there are, then compiles our kernels; once per process."""
     probing = probe_instructions()
 
     def compile_kernels() -> None:
         probing.join()
-        decode_cpu.kernels()
+        library()
 
     threading.Thread(target=compile_kernels, name="tgvkv-kernels", daemon=True).start()
     return probing

@@ -8,7 +8,7 @@ from torch import Tensor, library
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.ops import kernels
 from tgvkv_compile.ops.decoding import choose_eviction, next_protected
-from tgvkv_compile.ops.kernels import decode_cpu
+from tgvkv_compile.ops.kernels.cpu import decode as cpu_decode
 from tgvkv_compile.ops.segments import attend_segment
 from tgvkv_compile.ops.state import CompactState
 
@@ -150,10 +150,10 @@ def _decode_step_on_cpu(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -
     """A kernel in C++; the plain functions for what it is not made for, and without a compiler."""
     *state, layer, scale, decode, sink_tokens = rest
     compact = CompactState(*state)
-    kernel = decode_cpu.kernel_for(query, key, value, compact)
+    kernel = cpu_decode.kernel_for(query, key, value, compact)
     if kernel is None:
         return _decode_step(query, key, value, *rest)
-    return decode_cpu.decode_step_by(kernel, query, key, value, compact, layer, scale, decode, sink_tokens)
+    return cpu_decode.decode_step_by(kernel, query, key, value, compact, layer, scale, decode, sink_tokens)
 
 
 library.impl("tgvkv::decode_step", "cpu", _decode_step_on_cpu)

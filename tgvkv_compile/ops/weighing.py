@@ -13,6 +13,7 @@ from torch import Tensor, library
 
 from tgvkv_compile.ops import kernels
 from tgvkv_compile.ops.graph_masks import visible as seen_by_mask
+from tgvkv_compile.ops.kernels.cpu import weigh as cpu_weigh
 from tgvkv_compile.ops.probabilities import attention_probabilities, known_normaliser
 
 # Bytes that one block of attention rows may take. Larger on accelerators, where each block costs kernel launches.
@@ -156,6 +157,16 @@ def _weigh(
 
 
 plain_weigh: Callable[..., tuple[Tensor, Tensor]] = _weigh._init_fn
+
+
+@_weigh.register_kernel("cpu")
+def weigh_on_cpu(weights: Tensor, wanted: Tensor | None, *attention: Any) -> tuple[Tensor, Tensor]:
+    """A kernel in C++ where attention gave its log-sum-exp; the plain function where not."""
+    rows = AttentionRows(*attention)
+    kernel = cpu_weigh.kernel_for(weights, rows.q, rows.k, rows.attn_mask, rows.lse)
+    if kernel is None or rows.lse is None:
+        return plain_weigh(weights, wanted, *rows)
+    return cpu_weigh.weigh_by(kernel, weights, wanted, *rows[:6], rows.lse)
 
 
 @_weigh.register_kernel("cuda")

@@ -20,7 +20,7 @@ def on_cpu() -> Iterator[None]:
     with library._scoped_library("tgvkv", "IMPL") as scoped:
         scoped.impl("decode_step", decode_step._decode_step_on_cuda, "CPU")
         yield
-    weigh.register_kernel("cpu", before or weighing.plain_weigh)
+    weigh.register_kernel("cpu", before or weighing.weigh_on_cpu)
 
 
 @pytest.mark.usefixtures("on_cpu")

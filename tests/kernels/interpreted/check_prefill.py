@@ -1,46 +1,20 @@
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from tests.kernels.bounds import check_bounded
+from tests.kernels.comparing import exact_scores, scores
 from tests.ops.prompts import Layer, make_layer, vision_at
 from tgvkv_compile.ops.kernels import prefill as kernels
 from tgvkv_compile.ops.kernels.prefill import fused_applies, fused_weigh
-from tgvkv_compile.ops.policy.rank import rank_by_walk, scores_from_attention
-from tgvkv_compile.ops.roles import Roles
-from tgvkv_compile.ops.weighing import AttentionRows, Weighed, plain_weigh
+from tgvkv_compile.ops.weighing import plain_weigh
 
 MASKS = ["none", "bool", "additive", "prefix", "both"]
 
 
-def exact(layer: Layer) -> tuple[Tensor, Tensor, Tensor, float]:
-    """In float64: the log-sum-exp `[B, H, N]`, mass `[B]`, score `[B, N]` and the largest logit."""
-    group = layer.q.shape[1] // layer.k.shape[1]
-    visible = layer.visible()
-    logits = layer.q.double() @ layer.k.double().repeat_interleave(group, dim=1).transpose(2, 3) * layer.scale
-    largest = float(logits.abs().max())
-    logits = logits.masked_fill(~visible, float("-inf"))
-    attention = logits.softmax(-1).nan_to_num().mean(1)
-    mass, score = scores_from_attention(attention, visible.any(1), layer.roles)
-    return logits.logsumexp(-1), mass, score, largest
-
-
-def scores(weigh: Any, rows: AttentionRows, roles: Roles) -> tuple[Tensor, Tensor]:
-    """Mass and scores by one implementation of the op."""
-
-    def walk(asked: Any) -> list[Weighed]:
-        return [Weighed(*weigh(weights.unsqueeze(1), wanted, *rows)) for weights, wanted in asked]
-
-    ranks = rank_by_walk(rows.k, roles, rows.q.shape[2], walk)
-    return ranks.mass, ranks.score
-
-
 def check(layer: Layer) -> None:
-    lse, mass, score, largest = exact(layer)
+    lse, mass, score, largest = exact_scores(layer)
     rows = layer.rows(lse.float())
     assert fused_applies(layer.q, layer.k, layer.attn_mask, rows.lse)
     plain, fused = (scores(weigh, rows, layer.roles) for weigh in (plain_weigh, fused_weigh))
@@ -87,7 +61,7 @@ def test_random_prompts(layer: Layer, processors: int) -> None:
 
 def test_a_turn_has_fewer_rows_than_columns() -> None:
     layer = make_layer(heads=4, kv_heads=2, length=90, dim=64, mask="bool")
-    whole = layer.rows(exact(layer)[0].float())
+    whole = layer.rows(exact_scores(layer)[0].float())
     rows = slice(60, None)
     part = whole._replace(q=whole.q[:, :, rows], attn_mask=layer.attn_mask[:, :, rows], lse=whole.lse[:, :, rows])
     plain, fused = (scores(weigh, part, layer.roles) for weigh in (plain_weigh, fused_weigh))
@@ -97,7 +71,7 @@ def test_a_turn_has_fewer_rows_than_columns() -> None:
 def test_blocks_without_a_wanted_column_are_zero_and_rows_may_be_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "processors", lambda device: 132)
     layer = make_layer(heads=2, kv_heads=1, length=600, dim=64)
-    rows = layer.rows(exact(layer)[0].float())
+    rows = layer.rows(exact_scores(layer)[0].float())
     assert kernels.plan_weighing(1, 2, 600, 64, torch.float32, 132).parts > 1
     wanted = torch.zeros(1, 600, dtype=torch.bool)
     wanted[:, 400:403] = True

@@ -1,22 +1,16 @@
-"""The kernel of a decode step on CPUs: `tgvkv::decode_step` without some fifty operators on a few hundred numbers each."""
+"""Calls the kernel of `tgvkv::decode_step` on CPUs."""
 
 import ctypes
-import functools
-import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tgvkv_compile.errors import first_line
+from tgvkv_compile.ops.kernels.cpu.library import kernel
 from tgvkv_compile.ops.state import CompactState
 
-log = logging.getLogger("tgvkv_compile")
-
 MODES = {"ratio": 0, "fixed": 1, "keep": 2}
-_FUNCTIONS = {torch.float32: "step_float32", torch.bfloat16: "step_bfloat16"}
 _SIZES = (
     *("batch", "heads", "kv_heads", "dim", "slots", "layers", "layer"),
     *("query_sample", "query_head", "key_sample", "key_head", "value_sample", "value_head"),
@@ -39,33 +33,16 @@ class _Step(ctypes.Structure):
     )
 
 
-@functools.cache
-def kernels() -> dict[torch.dtype, Callable[..., None]]:
-    """The kernel by dtype of keys and values; none where there is no C++ compiler that works.
-
-    Inductor compiles and caches it as it does its own kernels.
-    """
-    from torch._inductor.codecache import CppCodeCache
-
-    try:
-        library = CppCodeCache.load(Path(__file__).with_suffix(".cpp").read_text(encoding="utf-8"))
-    except Exception as error:  # a compiler that is missing or fails has no common class of errors
-        log.warning("decode steps run as plain operators, several times slower: C++ failed to compile (%s)", first_line(error))
-        return {}
-    return {dtype: getattr(library, name) for dtype, name in _FUNCTIONS.items()}
-
-
 def kernel_for(query: Tensor, key: Tensor, value: Tensor, state: CompactState) -> Callable[..., None] | None:
     """The kernel, if there is one for these tensors: all of one dtype, and laid out as rewritten graphs lay them out."""
     arenas = (state.key_arena, state.value_arena)
-    alike = all(tensor.dtype == query.dtype for tensor in (key, value, *arenas))
-    if not alike or query.dtype not in _FUNCTIONS:
+    if any(tensor.dtype != query.dtype for tensor in (key, value, *arenas)):
         return None
     rows = all(tensor.stride(3) == 1 for tensor in (query, key, value, *arenas))
     slots = all(arena.stride(2) == arena.shape[3] for arena in arenas)
     if not rows or not slots or not all(tensor.is_contiguous() for tensor in state[2:]):
         return None
-    return kernels().get(query.dtype)
+    return kernel("step", query.dtype)
 
 
 def decode_step_by(

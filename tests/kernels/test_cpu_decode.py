@@ -7,13 +7,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, library
+from torch import Tensor
 
 from tests.kernels.bounds import check_bounded
 from tests.kernels.cases import StepCase, random_step
 from tests.kernels.comparing import decided, plain, same_books
 from tgvkv_compile.ops import decode_step as op
-from tgvkv_compile.ops.kernels import decode_cpu
+from tgvkv_compile.ops.kernels.cpu import decode as cpu_decode
+from tgvkv_compile.ops.kernels.cpu import library
 from tgvkv_compile.ops.state import CompactState
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -22,10 +23,10 @@ MODES = ["ratio", "fixed", "keep"]
 
 def by_kernel(case: StepCase, decode: str, sink: int = 4) -> tuple[Tensor, CompactState]:
     state = case.fresh()
-    kernel = decode_cpu.kernel_for(case.query, case.key, case.value, state)
+    kernel = cpu_decode.kernel_for(case.query, case.key, case.value, state)
     assert kernel is not None
     new = (case.query, case.key, case.value)
-    return decode_cpu.decode_step_by(kernel, *new, state, case.layer, case.scale, decode, sink), state
+    return cpu_decode.decode_step_by(kernel, *new, state, case.layer, case.scale, decode, sink), state
 
 
 def check(case: StepCase, decode: str, sink: int = 4) -> None:
@@ -118,18 +119,18 @@ def test_queries_and_keys_as_projections_lay_them_out() -> None:
 def test_it_is_the_op() -> None:
     case = random_step(batch=2, kv_heads=2, group=2, dim=64, longest=30)
     called: list[int] = []
-    step = decode_cpu.decode_step_by
+    step = cpu_decode.decode_step_by
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decode_cpu, "decode_step_by", lambda *args: called.append(1) or step(*args))
+        patch.setattr(cpu_decode, "decode_step_by", lambda *args: called.append(1) or step(*args))
         args = (case.query, case.key, case.value, *case.state, case.layer, case.scale, "ratio", 4)
-        library.opcheck(torch.ops.tgvkv.decode_step.default, args)
+        torch.library.opcheck(torch.ops.tgvkv.decode_step.default, args)
     assert called
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_another_dtype_goes_the_plain_way(dtype: torch.dtype) -> None:
     case = random_step(batch=1, kv_heads=1, group=1, dim=64, longest=20, dtype=dtype)
-    assert decode_cpu.kernel_for(case.query, case.key, case.value, case.state) is None
+    assert cpu_decode.kernel_for(case.query, case.key, case.value, case.state) is None
     args = (case.query, case.key, case.value, *case.fresh(), case.layer, case.scale, "ratio", 4)
     assert torch.equal(torch.ops.tgvkv.decode_step(*args), plain(case, "ratio")[0])
 
@@ -138,7 +139,7 @@ def test_a_step_of_another_dtype_than_the_cache_goes_the_plain_way() -> None:
     """As under autocast."""
     case = random_step(batch=1, kv_heads=1, group=1, dim=64, longest=20)
     case = dataclasses.replace(case, key=case.key.bfloat16())
-    assert decode_cpu.kernel_for(case.query, case.key, case.value, case.state) is None
+    assert cpu_decode.kernel_for(case.query, case.key, case.value, case.state) is None
 
 
 def test_without_a_compiler_it_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -149,7 +150,7 @@ def test_without_a_compiler_it_is_said_once(monkeypatch: pytest.MonkeyPatch, cap
 
     monkeypatch.setattr(CppCodeCache, "load", fail)
     case = random_step(batch=1, kv_heads=1, group=1, dim=64, longest=20)
-    decode_cpu.kernels.cache_clear()
+    library.library.cache_clear()
     try:
         with caplog.at_level(logging.WARNING, logger="tgvkv_compile"):
             for _ in range(2):
@@ -157,4 +158,4 @@ def test_without_a_compiler_it_is_said_once(monkeypatch: pytest.MonkeyPatch, cap
                 assert torch.equal(torch.ops.tgvkv.decode_step(*args), plain(case, "ratio")[0])
         assert len(caplog.messages) == 1 and "no g++" in caplog.messages[0]
     finally:
-        decode_cpu.kernels.cache_clear()
+        library.library.cache_clear()

@@ -1,0 +1,126 @@
+"""The C++ kernel of weighted sums of attention rows against the plain function and against float64."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.kernels.bounds import check_bounded
+from tests.kernels.comparing import exact_scores, scores
+from tests.ops.prompts import Layer, make_layer, vision_at
+from tgvkv_compile.ops import weighing
+from tgvkv_compile.ops.kernels.cpu import weigh as cpu_weigh
+from tgvkv_compile.ops.weighing import AttentionRows, plain_weigh
+
+DTYPES = [torch.float32, torch.bfloat16]
+MASKS = ["none", "bool", "prefix", "both"]
+
+
+def by_kernel(weights: Tensor, wanted: Tensor | None, *attention: Any) -> tuple[Tensor, Tensor]:
+    rows = AttentionRows(*attention)
+    kernel = cpu_weigh.kernel_for(weights, rows.q, rows.k, rows.attn_mask, rows.lse)
+    assert kernel is not None and rows.lse is not None
+    return cpu_weigh.weigh_by(kernel, weights, wanted, *rows[:6], rows.lse)
+
+
+def check(layer: Layer) -> None:
+    lse, mass, score, largest = exact_scores(layer)
+    rows = layer.rows(lse.float())
+    plain, fused = (scores(weigh, rows, layer.roles) for weigh in (plain_weigh, by_kernel))
+    check_bounded(fused[0], plain[0], mass, largest_logit=largest)
+    check_bounded(fused[1], plain[1], score, largest_logit=largest)
+    assert bool((fused[1][~layer.roles.valid] == 0).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dim", "heads", "kv_heads"), [(4, 2, 1), (64, 4, 4), (80, 7, 1), (96, 2, 1), (128, 8, 2), (256, 3, 1)]
+)
+def test_every_dtype_head_dim_and_group(dtype: torch.dtype, dim: int, heads: int, kv_heads: int) -> None:
+    layer = make_layer(heads=heads, kv_heads=kv_heads, length=200, dim=dim, dtype=dtype)
+    layer.scale = dim**-0.5
+    check(layer)
+
+
+@st.composite
+def layers(draw: st.DrawFn) -> Layer:
+    length = draw(st.integers(4, 150))
+    batch = draw(st.integers(1, 3))
+    kv_heads = draw(st.sampled_from([1, 2]))
+    start = draw(st.integers(0, length - 2))
+    padding = tuple(draw(st.integers(0, length - 2)) for _ in range(batch))
+    return make_layer(
+        batch=batch,
+        heads=kv_heads * draw(st.integers(1, 3)),
+        kv_heads=kv_heads,
+        length=length,
+        dim=draw(st.sampled_from([3, 16, 40])),
+        vision=vision_at(length, (start, draw(st.integers(1, length - start)))).expand(batch, -1),
+        padding=draw(st.sampled_from([(), padding])),
+        mask=draw(st.sampled_from(MASKS)),
+        dtype=draw(st.sampled_from(DTYPES)),
+        seed=draw(st.integers(0, 9999)),
+    )
+
+
+@given(layers(), st.integers(1, 3))
+@settings(max_examples=150)
+def test_random_layers(layer: Layer, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check(layer)
+    finally:
+        torch.set_num_threads(before)
+
+
+@given(layers(), st.data())
+@settings(max_examples=60)
+def test_any_weights_and_columns(layer: Layer, data: st.DataObject) -> None:
+    lse = exact_scores(layer)[0].float()
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
+    valid = layer.roles.valid
+    weights = torch.rand(valid.shape, generator=generator) * (torch.rand(valid.shape, generator=generator) < 0.3) * valid
+    wanted = data.draw(st.sampled_from([None, valid & (torch.rand(valid.shape, generator=generator) < 0.2)]))
+    rows = layer.rows(lse)
+    found, plain = (weigh(weights.unsqueeze(1), wanted, *rows) for weigh in (by_kernel, plain_weigh))
+    for one, other in zip(found, plain, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_rows_of_a_later_turn() -> None:
+    """Fewer rows than columns, keys in a layout of their own, one mask for all samples."""
+    generator = torch.Generator().manual_seed(1)
+    q = torch.randn(2, 5, 4, 16, generator=generator).transpose(1, 2)  # as a projection lays it out
+    k = torch.randn(2, 2, 23, 16, generator=generator)[:, :, 3:]
+    seen = torch.rand(1, 1, 5, 20, generator=generator) < 0.7
+    seen[..., 0] = True
+    valid = torch.ones(2, 20, dtype=torch.bool)
+    logits = (q @ k.repeat_interleave(2, 1).transpose(2, 3) * 0.25).masked_fill(~seen, float("-inf"))
+    rows = AttentionRows(q, k, valid, seen, False, 0.25, logits.logsumexp(-1))
+    weights = torch.rand(2, 1, 5, generator=generator)
+    for one, other in zip(by_kernel(weights, None, *rows), plain_weigh(weights, None, *rows), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_it_is_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[int] = []
+    by = cpu_weigh.weigh_by
+    monkeypatch.setattr(cpu_weigh, "weigh_by", lambda *args: called.append(1) or by(*args))
+    layer = make_layer(batch=2, heads=4, kv_heads=2, length=30, dim=8, mask="bool")
+    lse = exact_scores(layer)[0].float()
+    torch.library.opcheck(torch.ops.tgvkv.weigh.default, (layer.weights()[:, :1], layer.roles.vision, *layer.rows(lse)))
+    assert called
+
+
+@pytest.mark.parametrize("mask", ["additive", "per-head"])
+def test_other_masks_go_the_plain_way(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_weigh, "weigh_by", lambda *_: pytest.fail("called"))
+    layer = make_layer(batch=2, heads=4, kv_heads=2, length=30, mask=mask)
+    rows = layer.rows(exact_scores(layer)[0].float())
+    found = weighing.weigh(layer.weights(), layer.roles.vision, rows)
+    plain = plain_weigh(layer.weights(), layer.roles.vision, *rows)
+    assert torch.equal(found.sums, plain[0]) and torch.equal(found.seen, plain[1])

@@ -1,0 +1,40 @@
+"""The library that the C++ sources beside this file become."""
+
+import functools
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tgvkv_compile.errors import first_line
+
+log = logging.getLogger("tgvkv_compile")
+
+_SOURCES = ("lanes.h", "decode.cpp", "weigh.cpp")
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+@functools.cache
+def library() -> Any:
+    """The library, loaded; None where there is no C++ compiler that works, which is said once.
+
+    Inductor compiles and caches it as it does its own kernels.
+    """
+    from torch._inductor.codecache import CppCodeCache
+
+    source = "\n".join(Path(__file__).with_name(name).read_text(encoding="utf-8") for name in _SOURCES)
+    try:
+        return CppCodeCache.load(source)
+    except Exception as error:  # a compiler that is missing or fails has no common class of errors
+        log.warning("scores and decode steps on CPUs are several times slower: C++ failed to compile (%s)", first_line(error))
+        return None
+
+
+def kernel(name: str, dtype: torch.dtype) -> Callable[..., None] | None:
+    """The kernel of this name for tensors of this dtype; None: there is none."""
+    if dtype not in _DTYPES:
+        return None
+    loaded = library()
+    return None if loaded is None else getattr(loaded, f"{name}_{_DTYPES[dtype]}")
