@@ -61,21 +61,21 @@ def shade(name: str) -> tuple[float, ...]:
 
 def grid(figure: Figure, left: float, colours: Colours, text: int, title: str, below: str) -> Axes:
     """A picture of tokens, the text's in rows of their own beneath."""
-    axes = figure.add_axes((left, 0.19, 0.265, 0.62))
+    axes = figure.add_axes((left, 0.2, 0.268, 0.6))
     strip = np.ones((4, COLUMNS, 3))
     strip[2:, : text // 2] = shade(TEXT)
     axes.imshow(tokens(np.concatenate([colours, strip])), interpolation="nearest", aspect="equal")
     axes.set_axis_off()
-    axes.set_title(title, fontsize=12.5, fontweight="bold", color=INK, pad=8)
+    axes.set_title(title, fontsize=11.5, fontweight="bold", color=INK, pad=8)
     said = "“What colour is the balloon?”"
-    axes.text((text // 2 + 1) * CELL, (ROWS + 3) * CELL, said, va="center", fontsize=9, color=TEXT, style="italic")
+    axes.text((text // 2 + 1) * CELL, (ROWS + 3) * CELL, said, va="center", fontsize=8.3, color=TEXT, style="italic")
     axes.text(0.5, -0.03, below, transform=axes.transAxes, ha="center", va="top", fontsize=10, color=FAINT)
     return axes
 
 
 def bars(figure: Figure, bottom: float, title: str, rows: list[tuple[str, float, str]]) -> None:
     """One quantity of each contender, ours last and in colour."""
-    axes = figure.add_axes((0.8, bottom, 0.135, 0.18))
+    axes = figure.add_axes((0.79, bottom, 0.128, 0.18))
     longest = max(value for _, value, _ in rows)
     for place, (name, value, shown) in enumerate(rows):
         ours = place == len(rows) - 1
@@ -85,7 +85,7 @@ def bars(figure: Figure, bottom: float, title: str, rows: list[tuple[str, float,
         axes.text(value + 0.03 * longest, -place, shown, ha="left", va="center", fontsize=9, color=INK, fontweight=weight)
     axes.set_xlim(0, longest)
     axes.set_axis_off()
-    axes.text(-0.98, 1.04, title, transform=axes.transAxes, fontsize=11, fontweight="bold", color=INK, va="bottom")
+    axes.text(-1.12, 1.04, title, transform=axes.transAxes, fontsize=11, fontweight="bold", color=INK, va="bottom")
 
 
 def draw(record: dict[str, Any]) -> Figure:
@@ -100,7 +100,7 @@ def draw(record: dict[str, Any]) -> Figure:
     left[chosen] = True
     thinned = np.where(left.reshape(looked.shape)[..., None], picture, np.array(shade(GONE)))
 
-    figure = Figure(figsize=(11.5, 4.7), facecolor=PAPER)
+    figure = Figure(figsize=(10.2, 4.6), facecolor=PAPER)
     figure.text(0.02, 0.925, "A picture is thousands of tokens. A question looks at few of them.", fontsize=16, color=INK)
     said = f"{prompt['tokens']:,} tokens in every layer:\n{prompt['vision_tokens']:,} of the picture, {text} of text"
     grid(figure, 0.02, picture, text, "A full KV cache holds all of them", said)
@@ -126,12 +126,12 @@ def draw(record: dict[str, Any]) -> Figure:
         f"Measured on {record['machine']['cores']} CPU cores: LLaVA with random weights, {model['layers']} layers, "
         f"hidden size {model['hidden']:,}, float32. Not measured: GPUs, released weights."
     )
-    figure.text(0.985, 0.03, note, ha="right", fontsize=9, color=FAINT)
+    figure.text(0.98, 0.03, note, ha="right", fontsize=9, color=FAINT)
     return figure
 
 
 if __name__ == "__main__":
     target = HERE / "what-it-does.png"
     record = json.loads((HERE / "benchmarks" / "llava-next-cpu.json").read_text(encoding="utf-8"))
-    draw(record).savefig(target, dpi=150, metadata={"Software": None})
+    draw(record).savefig(target, dpi=170, metadata={"Software": None})
     sys.stdout.write(f"wrote {target}\n")
