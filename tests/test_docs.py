@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import pydoc
 import re
 import subprocess
 import sys
@@ -91,6 +92,17 @@ def test_links_lead_somewhere(page: str) -> None:
         assert target.exists(), link
         if anchor:
             assert anchor in anchors(str(target.relative_to(ROOT))), link
+
+
+def test_references_in_docstrings_name_something() -> None:
+    """As the site resolves them: a whole path, or a name that the module knows."""
+    missing = []
+    for path in (ROOT / "tgvkv_compile").rglob("*.py"):
+        for name, target in re.findall(r"\[`([\w.]+)`\]\[([\w.]*)\]", path.read_text(encoding="utf-8")):
+            module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+            if pydoc.locate(target or f"{module}.{name}") is None:
+                missing.append(f"{path.relative_to(ROOT)}: {name}")
+    assert missing == []
 
 
 @pytest.mark.slow
