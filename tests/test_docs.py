@@ -105,6 +105,13 @@ def test_references_in_docstrings_name_something() -> None:
     assert missing == []
 
 
+def test_api_pages_name_what_is_there() -> None:
+    written = "\n".join(path.read_text(encoding="utf-8") for path in DOCS.glob("api/*.md"))
+    named = re.findall(r"^::: (\S+)", written, re.MULTILINE)
+    assert "tgvkv_compile.tgvkv_backend" in named
+    assert [name for name in named if pydoc.locate(name) is None] == []
+
+
 @pytest.mark.slow
 def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     for package in ("mkdocs", "material", "mkdocstrings", "mkdocstrings_handlers.python"):
