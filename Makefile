@@ -20,7 +20,7 @@ TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 BUILD_BACKEND := $(shell sed -n '/^hatchling==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-matrix fuzz check format golden verify-tensorrt bench train docs build clean distclean
+.PHONY: help venv demo test test-matrix fuzz check format golden verify-tensorrt bench train docs site build clean distclean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS="$$(printf '\t')" read -r target text; do \
@@ -74,6 +74,9 @@ train: $(STAMP) ## Train the small model of the demonstration anew (TRAIN_ARGS='
 docs: $(STAMP) ## Write docs/passes.md anew from the docstrings, and docs/models.md from what the tests ran
 	$(BIN)/python docs/make_passes.py
 	$(BIN)/python docs/make_models.py
+
+site: $(STAMP) ## Build the documentation as a site into build/site; warnings and broken links are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --config-file docs/site/mkdocs.yml
 
 build: $(STAMP) ## Build the sdist and the wheel into dist/
 	$(BIN)/python -m build --no-isolation

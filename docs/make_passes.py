@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from tgvkv_compile.export.rewritten import STEPS as EXPORT_STEPS
@@ -18,6 +19,7 @@ FINDERS = (
     "find_tensor_parallel",
     "plan_graph",
 )
+SECTIONS = {"Args:": "Arguments", "Raises:": "Raises", "Returns:": "Returns"}
 HEAD = """# The passes
 
 Generated from the docstrings by `make docs`. Finders change nothing and run first; the planner decides what a graph is;
@@ -42,7 +44,7 @@ def section(name: str, title: str) -> str:
 
 
 def _markdown(text: str) -> str:
-    """Turns `::` blocks into fenced ones and leaves the rest as it is."""
+    """Turns `::` blocks into fenced ones, sections into paragraphs and lists, and leaves the rest as it is."""
     lines, fenced = [], False
     for line in text.splitlines():
         if fenced and line and not line.startswith("    "):
@@ -59,7 +61,29 @@ def _markdown(text: str) -> str:
         lines.append(line.removeprefix("    ") if fenced else line)
     if fenced:
         lines.append("```")
-    return "\n".join(lines)
+    return "\n".join(_sections(lines))
+
+
+def _sections(lines: list[str]) -> Iterator[str]:
+    """Turns `Args:` and `Raises:` into lists, `Returns:` into a paragraph."""
+    section = None
+    for line in lines:
+        if line in SECTIONS:
+            section = line
+            yield f"**{SECTIONS[line]}**"
+            yield ""
+            continue
+        if line and not line.startswith("    "):
+            section = None
+        if section is None or not line:
+            yield line
+        elif section == "Returns:":
+            yield line.removeprefix("    ")
+        elif line.startswith("     "):
+            yield f"  {line.strip()}"
+        else:
+            name, _, said = line.strip().partition(": ")
+            yield f"- `{name}`: {said}"
 
 
 def render() -> str:
