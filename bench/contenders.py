@@ -78,13 +78,14 @@ def make_contenders(
     stock: dict[str, Any] = {"backend": compiler}
     graphs = {"mode": "reduce-overhead"} if preset.device == "cuda" and compiler == "inductor" else {}
     backend = tgvkv_compile.tgvkv_backend(budget=budget, lowering=compiler, **graphs)
-    capped = tgvkv_compile.tgvkv_backend(budget=budget, lowering=compiler, prefill_cap=CAP, **graphs)
     makers: dict[str, Callable[[], Contender]] = {
         "hf-eager": lambda: _eager(model),
         "inductor-full": lambda: _full(model, stock),
         "inductor-static": lambda: _static(model, preset, stock, graphs),
         "tgvkv": lambda: _tgvkv(model, "tgvkv", backend),
-        "tgvkv-capped": lambda: _tgvkv(model, "tgvkv-capped", capped),
+        "tgvkv-capped": lambda: _tgvkv(
+            model, "tgvkv-capped", tgvkv_compile.tgvkv_backend(budget=budget, lowering=compiler, prefill_cap=CAP, **graphs)
+        ),
         "floor": lambda: _floor(model, preset, budget, stock),
         "floor-static": lambda: _floor_static(model, preset, budget, {**stock, **graphs}),
     }
