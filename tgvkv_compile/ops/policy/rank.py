@@ -148,7 +148,7 @@ def _complete(ranked: Ranked, roles: Roles, config: EvictionConfig) -> TokenRank
     none = torch.zeros_like(roles.positions)
     tier = none if ranked.tier is None else ranked.tier
     if config.budget_of == "vision":  # all text stays
-        tier = torch.where(roles.vision, tier.clamp(max=1), 2)
+        tier = torch.where(roles.vision, torch.where(tier > 1, 1, tier), 2)  # no clamp: TensorRT clips floats only
     mass = torch.zeros_like(ranked.score[:, 0]) if ranked.layer_weight is None else ranked.layer_weight
     return TokenRanks(mass, torch.where(roles.valid, ranked.score, 0.0), tier)
 
