@@ -69,7 +69,7 @@ bench: $(STAMP) ## Measure against torch.compile with the full cache (BENCH_ARGS
 	$(BIN)/python -m bench.run --preset llava-next-cpu $(BENCH_ARGS)
 
 train: $(STAMP) ## Train the small model of the demonstration anew (TRAIN_ARGS='--minutes 10 --out folder')
-	$(BIN)/python -m tgvkv_compile.digits.train $(TRAIN_ARGS)
+	$(BIN)/python -m tools.digits.train $(TRAIN_ARGS)
 
 docs: $(STAMP) ## Write docs/passes.md anew from the docstrings, and docs/models.md from what the tests ran
 	$(BIN)/python docs/make_passes.py

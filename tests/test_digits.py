@@ -20,12 +20,13 @@ from transformers import (
 )
 
 from tgvkv_compile.digits import Question, held_out_questions, load_model, load_processor, model_dir
-from tgvkv_compile.digits.evaluate import generated, score, teacher_forced
-from tgvkv_compile.digits.packing import NO_TARGET, OPENING_IDS, draw_questions, pack
 from tgvkv_compile.digits.pictures import CELL, COLOUR_NAMES, COLOURS, GRID, PICTURE, View, draw, random_board
-from tgvkv_compile.digits.processor_files import PIXEL_MEAN, PIXEL_STD, WORD_IDS, word_ids
-from tgvkv_compile.digits.scans import HELD_OUT_FILE, load_held_out, split_scans
-from tgvkv_compile.digits.train_eyes import see
+from tgvkv_compile.digits.scans import HELD_OUT_FILE, load_held_out
+from tools.digits.evaluate import generated, score, teacher_forced
+from tools.digits.packing import NO_TARGET, OPENING_IDS, draw_questions, pack
+from tools.digits.processor_files import PIXEL_MEAN, PIXEL_STD, WORD_IDS, word_ids
+from tools.digits.split_scans import split_scans
+from tools.digits.train_eyes import see
 
 VISION_TOKENS = GRID * GRID
 needs_sklearn = pytest.mark.skipif(
@@ -71,7 +72,7 @@ socket.socket.connect = refuse
 for name in ("sklearn", "torchvision"):
     sys.modules[name] = None
 from tgvkv_compile.digits import held_out_questions, load_model, load_processor
-from tgvkv_compile.digits.evaluate import score
+from tools.digits.evaluate import score
 scores = score(load_model(), load_processor(), held_out_questions(4))
 assert scores["all"].questions == 4
 """

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from tests.support.models import IMAGE, Shape, make_inputs, make_model
+from tests.support.oracle import Oracle
 from tests.support.running import run
 from tgvkv_compile import tgvkv_backend
 from tgvkv_compile.config import EvictionConfig
-from tgvkv_compile.ops.oracle import Oracle
 from tgvkv_compile.passes import insert_decode, insert_scoring
 
 SHAPE = Shape(layers=3, heads=4, kv_heads=2, side=6, seed=7)

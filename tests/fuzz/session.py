@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.support.oracle import Oracle
 from tests.support.reference import Session
-from tgvkv_compile.ops.oracle import Oracle
 
 
 class FuzzSession(Session):

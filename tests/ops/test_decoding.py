@@ -5,10 +5,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.ops.prompts import configs, random_attention, vision_at, vision_masks
+from tests.support.oracle import Oracle
 from tgvkv_compile.config import DecodeMode, EvictionConfig
 from tgvkv_compile.ops.budgeting import segment_capacity
 from tgvkv_compile.ops.decoding import choose_eviction, next_protected
-from tgvkv_compile.ops.oracle import Oracle
 
 
 def _choose(

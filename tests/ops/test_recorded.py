@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tests.ops.prompts import case_name, case_vision, keep_per_layer, recorded
+from tests.support.oracle import Oracle
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.ops.decoding import choose_eviction, next_protected
-from tgvkv_compile.ops.oracle import Oracle
 from tgvkv_compile.ops.roles import token_roles
 
 CASES, ARRAYS = recorded()

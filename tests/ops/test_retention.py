@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.ops.prompts import configs, indices, keep_per_layer, random_attention, vision_at, vision_masks
+from tests.support.oracle import Oracle
 from tgvkv_compile.config import EvictionConfig
-from tgvkv_compile.ops.oracle import Oracle
 from tgvkv_compile.ops.policy.tgv import text_first
 from tgvkv_compile.ops.retention import retain
 from tgvkv_compile.ops.roles import token_roles

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.ops.prompts import causal, configs, indices, prefill_scores, random_attention, vision_at, vision_masks
+from tests.support.oracle import Oracle
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.ops import weighing
 from tgvkv_compile.ops.attention import scaled_dot_product_attention_with_lse
-from tgvkv_compile.ops.oracle import Oracle
 from tgvkv_compile.ops.packing import protected_from
 from tgvkv_compile.ops.policy.rank import scores_from_attention
 from tgvkv_compile.ops.policy.tgv import text_first

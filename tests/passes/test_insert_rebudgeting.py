@@ -25,9 +25,9 @@ from tests.passes.decoder import (
     values,
     written_out,
 )
+from tests.support.oracle import Oracle
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.fx.meta import output_nodes
-from tgvkv_compile.ops.oracle import Oracle
 from tgvkv_compile.ops.probabilities import attention_probabilities
 from tgvkv_compile.ops.state import Reselected
 

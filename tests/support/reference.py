@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
+from tests.support.oracle import Oracle
 from tests.support.running import Kept, Trace, positions_of, traced_generate
 from tgvkv_compile.config import EvictionConfig
-from tgvkv_compile.ops.oracle import Oracle
 
 _NOISE = 2e-5
 """Relative error that two ways of computing attention in float32 may differ by."""

@@ -2,7 +2,7 @@
 
 `load_model()` and `load_processor()` give stock LLaVA classes with trained weights; `held_out_questions()` gives
 pictures, questions and answers to measure them on. How the model was made stands in the model card, `README.md` in
-`model_dir()`; `train.py` makes it.
+`model_dir()`; `tools/digits` of the repository makes it.
 """
 
 from .loading import held_out_questions, load_model, load_processor, model_dir

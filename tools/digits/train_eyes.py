@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlavaForConditionalGeneration
 
-from .architecture import WIDTH
-from .pictures import COLOUR_NAMES, COLOURS, GRID, Board, draw, random_board
-from .processor_files import PIXEL_MEAN, PIXEL_STD, WORD_IDS
-from .scans import Scans
+from tgvkv_compile.digits.pictures import COLOUR_NAMES, COLOURS, GRID, Board, draw, random_board
+from tgvkv_compile.digits.scans import Scans
+from tools.digits.architecture import WIDTH
+from tools.digits.processor_files import PIXEL_MEAN, PIXEL_STD, WORD_IDS
 
 PICTURES_PER_STEP = 8
 LEARNING_RATE = 2e-3

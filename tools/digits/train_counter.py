@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlavaForConditionalGeneration
 
-from .architecture import WIDTH
-from .packing import NO_TARGET, OPENING_IDS, cell_ranks
-from .pictures import View, draw, random_board
-from .scans import Scans
-from .train_eyes import see
+from tgvkv_compile.digits.pictures import View, draw, random_board
+from tgvkv_compile.digits.scans import Scans
+from tools.digits.architecture import WIDTH
+from tools.digits.packing import NO_TARGET, OPENING_IDS, cell_ranks
+from tools.digits.train_eyes import see
 
 COUNTING_LAYERS = 2
 MOST_CELLS = 8

@@ -10,7 +10,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
-from .pictures import CELL, COLOUR_NAMES, GRID, PICTURE
+from tgvkv_compile.digits.pictures import CELL, COLOUR_NAMES, GRID, PICTURE
 
 PAD, BOS, EOS, UNKNOWN, IMAGE = SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<image>")
 PIXEL_MEAN = 0.5

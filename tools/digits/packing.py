@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .pictures import COLOURS, NO_COLOUR, View
-from .processor_files import BOS, EOS, WORD_IDS, word_ids
-from .questions import OPENING, Asked, Kind, about_colour, about_place
+from tgvkv_compile.digits.pictures import COLOURS, NO_COLOUR, View
+from tgvkv_compile.digits.questions import OPENING, Asked, Kind, about_colour, about_place
+from tools.digits.processor_files import BOS, EOS, WORD_IDS, word_ids
 
 NO_TARGET = -100
 OPENING_IDS: tuple[int, ...] = (WORD_IDS[BOS], *word_ids(OPENING))

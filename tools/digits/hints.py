@@ -15,10 +15,10 @@ from torch.nn import functional
 from transformers import LlamaModel, LlavaForConditionalGeneration
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, apply_rotary_pos_emb
 
-from .architecture import WIDTH
-from .packing import NO_TARGET, Mark
-from .pictures import COLOUR_NAMES, GRID
-from .processor_files import WORD_IDS
+from tgvkv_compile.digits.pictures import COLOUR_NAMES, GRID
+from tools.digits.architecture import WIDTH
+from tools.digits.packing import NO_TARGET, Mark
+from tools.digits.processor_files import WORD_IDS
 
 WANTING_LAYERS = 3
 """After so many layers a token has to know which cell it wants."""

@@ -1,4 +1,4 @@
-"""Trains the small model: `python -m tgvkv_compile.digits.train [--seed 0] [--minutes 58] [--out FOLDER]`.
+"""Trains the small model: `python -m tools.digits.train [--seed 0] [--minutes 58] [--out FOLDER]`.
 
 Needs scikit-learn, for the training scans. Writes everything that `load_model` and `load_processor` read. The recipe
 counts steps, not time, so that it is the same on a slower machine; `--minutes` only ends it early, and gently.
@@ -17,13 +17,14 @@ import numpy as np
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from .architecture import build_model
-from .loading import load_model
-from .processor_files import save_processor
-from .scans import HELD_OUT_FILE, save_held_out, split_scans
-from .train_counter import build_rank_head, train_counter
-from .train_eyes import train_eyes
-from .train_reader import LESSONS, train_reader
+from tgvkv_compile.digits.loading import load_model
+from tgvkv_compile.digits.scans import HELD_OUT_FILE
+from tools.digits.architecture import build_model
+from tools.digits.processor_files import save_processor
+from tools.digits.split_scans import save_held_out, split_scans
+from tools.digits.train_counter import build_rank_head, train_counter
+from tools.digits.train_eyes import train_eyes
+from tools.digits.train_reader import LESSONS, train_reader
 
 EYES_STEPS = 1000
 COUNTER_STEPS = 1500
@@ -94,7 +95,7 @@ def _save(model: LlavaForConditionalGeneration, out: Path) -> None:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m tgvkv_compile.digits.train", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.digits.train", description=__doc__)
     parser.add_argument("--seed", type=int, default=0, help="fixes weights, pictures and questions (default: 0)")
     parser.add_argument("--minutes", type=float, default=58.0, help="time limit (default: 58)")
     parser.add_argument("--out", type=Path, default=ASSETS, help="folder to write (default: the package's assets)")

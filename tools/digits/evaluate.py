@@ -1,4 +1,4 @@
-"""Measures the small model on held-out scans: `python -m tgvkv_compile.digits.evaluate [--count 400] [--seed 1]`.
+"""Measures the small model on held-out scans: `python -m tools.digits.evaluate [--count 400] [--seed 1]`.
 
 Every question is asked alone, right after its picture, with the full cache. Accuracy is per digit of the answers, by
 kind: *teacher-forced* gives the model the right digits so far, *generated* its own.
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, ProcessorMixin
 
-from .loading import held_out_questions, load_model, load_processor
-from .questions import Question
+from tgvkv_compile.digits.loading import held_out_questions, load_model, load_processor
+from tgvkv_compile.digits.questions import Question
 
 BATCH = 20
 
@@ -132,7 +132,7 @@ def _summarise(marked: list[Marked]) -> Score:
 
 def main() -> None:
     """The command line: prints the scores as JSON."""
-    parser = argparse.ArgumentParser(prog="python -m tgvkv_compile.digits.evaluate", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.digits.evaluate", description=__doc__)
     parser.add_argument("--count", type=int, default=400, help="questions, half of each kind (default: 400)")
     parser.add_argument("--seed", type=int, default=1, help="fixes pictures and questions (default: 1)")
     parser.add_argument("--folder", type=Path, default=None, help="model folder (default: the package's)")

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlavaForConditionalGeneration
 
-from .architecture import WIDTH
-from .hints import WANTING_LAYERS, guess_marks, head_logits, mark_directions, told_accuracy, told_loss
-from .packing import KINDS, NO_TARGET, OPENING_IDS, Packed, draw_questions, pack
-from .pictures import GRID, View, draw, random_board
-from .processor_files import EOS, WORD_IDS
-from .scans import Scans
-from .train_counter import COUNTING_LAYERS
-from .train_eyes import see
+from tgvkv_compile.digits.pictures import GRID, View, draw, random_board
+from tgvkv_compile.digits.scans import Scans
+from tools.digits.architecture import WIDTH
+from tools.digits.hints import WANTING_LAYERS, guess_marks, head_logits, mark_directions, told_accuracy, told_loss
+from tools.digits.packing import KINDS, NO_TARGET, OPENING_IDS, Packed, draw_questions, pack
+from tools.digits.processor_files import EOS, WORD_IDS
+from tools.digits.train_counter import COUNTING_LAYERS
+from tools.digits.train_eyes import see
 
 LEARNING_RATE = 1e-3
 WARM_UP_STEPS = 100

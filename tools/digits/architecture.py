@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from .pictures import CELL, GRID, PICTURE
-from .processor_files import BOS, EOS, IMAGE, PAD, WORD_IDS, WORDS
+from tgvkv_compile.digits.pictures import CELL, GRID, PICTURE
+from tools.digits.processor_files import BOS, EOS, IMAGE, PAD, WORD_IDS, WORDS
 
 WIDTH = 128
 

@@ -1,0 +1,1 @@
+"""What makes parts of the package, and does not travel with it."""
