@@ -66,6 +66,7 @@ def render() -> str:
     """The whole page."""
     parts = [HEAD]
     parts += [section(name, name) for name in FINDERS]
+    parts.append(section("extract_vision_count", "extract_vision_count (a copy of a prefill, before it is rewritten)"))
     for step in STEPS:
         parts.append(section(step.name, f"{step.name} ({', '.join(sorted(step.kinds))})"))
     parts.append(EXPORTED)

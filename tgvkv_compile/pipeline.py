@@ -51,9 +51,7 @@ class Rewrite:
         environment: The shape environment its metadata lives in.
         plan: What is being done.
         reserve: Decode steps that freshly packed segments leave room for.
-        slots_hint: Gives T of the example call.
-        arena_slots: What it gave, for the steps that size an arena.
-        vision_count: Counts each sample's vision tokens, `[B]`, from the graph's inputs (`budget_of="vision"` only).
+        arena_slots: T of the example call, for the steps that size an arena.
         prefill_cap: How many candidates a layer may have, as a multiple of the mean budget; None: all its tokens.
         scores, budgets, candidates, capped: What inserters left for those after them.
     """
@@ -63,10 +61,8 @@ class Rewrite:
     plan: Plan
     config: EvictionConfig
     reserve: int
-    slots_hint: Callable[["Rewrite"], int]
+    arena_slots: int
     prefill_cap: float | None = None
-    arena_slots: int = 0
-    vision_count: GraphModule | None = None
     scores: Scores | None = None
     budgets: Budgets | None = None
     candidates: Candidates | None = None
@@ -86,11 +82,6 @@ class Rewrite:
 
 def _materialise(rewrite: Rewrite) -> None:
     rewrite.plan = materialise_masks(rewrite.gm, rewrite.plan)
-
-
-def _count_vision(rewrite: Rewrite) -> None:
-    if rewrite.config.budget_of == "vision":
-        rewrite.vision_count = extract_vision_count(rewrite.gm, rewrite.plan, rewrite.config)
 
 
 def _normalise(rewrite: Rewrite) -> None:
@@ -145,28 +136,26 @@ def _rebudget(rewrite: Rewrite) -> None:
 class Step:
     """One inserter: its name (for `stop_after` and dumps), the kinds of graph it is for, and what it does.
 
-    `requires` names steps that ran before; `sizes_arena` says that it needs `Rewrite.arena_slots`.
+    `requires` names steps that ran before.
     """
 
     name: str
     kinds: frozenset[GraphKind]
     run: Callable[[Rewrite], None]
     requires: tuple[str, ...] = ()
-    sizes_arena: bool = False
 
 
 STEPS: tuple[Step, ...] = (
     Step("materialise_masks", frozenset({"prefill", "continuation", "vision_continuation", "late_prefill"}), _materialise),
-    Step("extract_vision_count", frozenset({"prefill"}), _count_vision, requires=("materialise_masks",)),
-    Step("insert_survivors", frozenset({"vision_continuation"}), _survive, requires=("materialise_masks",), sizes_arena=True),
+    Step("insert_survivors", frozenset({"vision_continuation"}), _survive, requires=("materialise_masks",)),
     Step("insert_whole_past", frozenset({"late_prefill"}), _survive_whole, requires=("materialise_masks",)),
     Step("normalise_attention", frozenset({"prefill", "vision_continuation", "late_prefill"}), _normalise),
     Step("insert_scoring", frozenset({"prefill"}), _score, requires=("normalise_attention",)),
     Step("insert_capping", frozenset({"prefill"}), _cap, requires=("insert_scoring",)),
     Step("insert_budgeting", frozenset({"prefill"}), _budget, requires=("insert_scoring",)),
-    Step("insert_eviction", frozenset({"prefill"}), _evict, requires=("insert_budgeting",), sizes_arena=True),
-    Step("insert_decode", frozenset({"decode"}), _decode, sizes_arena=True),
-    Step("insert_continuation", frozenset({"continuation"}), _continue, requires=("materialise_masks",), sizes_arena=True),
+    Step("insert_eviction", frozenset({"prefill"}), _evict, requires=("insert_budgeting",)),
+    Step("insert_decode", frozenset({"decode"}), _decode),
+    Step("insert_continuation", frozenset({"continuation"}), _continue, requires=("materialise_masks",)),
     Step(
         "insert_rebudgeting",
         frozenset({"vision_continuation", "late_prefill"}),
@@ -254,7 +243,7 @@ def rewrite_graph(
     config: EvictionConfig,
     *,
     reserve: int,
-    slots_hint: Callable[[Rewrite], int],
+    arena_slots: int,
     prefill_cap: float | None = None,
     stop_after: str | None = None,
     dumper: Dumper | None = None,
@@ -267,7 +256,7 @@ def rewrite_graph(
         compressed: Names of the placeholders that hold handles.
         config: The eviction options.
         reserve: Decode steps to leave room for in fresh segments.
-        slots_hint: Gives T of this first call (of the prefill's arena to be, or of the arena that comes in).
+        arena_slots: T of this first call (of the prefill's arena to be, or of the arena that comes in).
         prefill_cap: How many candidates a layer may have in a prefill, as a multiple of the mean budget; None: all its tokens.
         stop_after: Name of the last step to run; the graph is then for looking at, not for running.
         dumper: Writes the graph before and after each step.
@@ -275,19 +264,14 @@ def rewrite_graph(
     Raises:
         InternalError: A step broke the graph.
     """
-    gm = copy_graph(gm)
-    pin_effects(gm)
-    environment = Environment()
-    environment.adopt(gm, inputs)
-    rewrite = Rewrite(gm, environment, plan_of(gm, compressed), config, reserve, slots_hint, prefill_cap)
+    gm, environment = _adopted(gm, inputs)
+    rewrite = Rewrite(gm, environment, plan_of(gm, compressed), config, reserve, arena_slots, prefill_cap)
     verify(gm, after="adopt")
     if dumper is not None:
         dumper.graph(gm, rewrite.plan.kind, "traced")
     for step in STEPS:
         if rewrite.plan.kind not in step.kinds:
             continue
-        if step.sizes_arena:  # outside tracing: it may run a graph on the example inputs
-            rewrite.arena_slots = slots_hint(rewrite)
         with environment.tracing():
             step.run(rewrite)
         verify(gm, after=step.name, pending=rewrite.pending())
@@ -296,6 +280,34 @@ def rewrite_graph(
         if stop_after == step.name:
             break
     return rewrite
+
+
+def vision_counter(gm: GraphModule, inputs: list[Any], config: EvictionConfig) -> GraphModule:
+    """What tells, before a prefill runs, how many vision tokens each sample has: see `extract_vision_count`.
+
+    Args:
+        gm: The graph of a prefill, from dynamo; it is copied, not changed.
+        inputs: Its example inputs.
+        config: The eviction options.
+
+    Returns:
+        A graph of the prefill's inputs that returns int64 `[B]`.
+    """
+    gm, environment = _adopted(gm, inputs)
+    with environment.tracing():
+        plan = materialise_masks(gm, plan_of(gm, frozenset()))
+        extract_vision_count(gm, plan, config)
+    verify(gm, after="extract_vision_count")
+    return gm
+
+
+def _adopted(gm: GraphModule, inputs: list[Any]) -> tuple[GraphModule, Environment]:
+    """A copy of a graph from dynamo in a shape environment of its own."""
+    gm = copy_graph(gm)
+    pin_effects(gm)
+    environment = Environment()
+    environment.adopt(gm, inputs)
+    return gm, environment
 
 
 def with_merges_read(gm: GraphModule) -> GraphModule:

@@ -16,7 +16,7 @@ from tgvkv_compile.runtime.logical import LogicalKV
 
 ROOT = Path(__file__).parents[2]
 PREFILL = [
-    *("traced", "materialise_masks", "extract_vision_count", "normalise_attention"),
+    *("traced", "materialise_masks", "normalise_attention"),
     *("insert_scoring", "insert_capping", "insert_budgeting", "insert_eviction"),
 ]
 

@@ -234,7 +234,7 @@ def rewritten(
         compressed,
         config or EvictionConfig(budget=0.4),
         reserve=4,
-        slots_hint=lambda rewrite: SLOTS,
+        arena_slots=SLOTS,
         prefill_cap=prefill_cap,
         stop_after=stop_after,
     )

@@ -34,7 +34,7 @@ from tgvkv_compile.fx.subgraphs import all_nodes
 from tgvkv_compile.fx.targets import op_kind
 from tgvkv_compile.lower import lower_dense, prepare_inductor
 from tgvkv_compile.passes.plan_graph import UNSEEN
-from tgvkv_compile.pipeline import Rewrite, plan_of, rewrite_graph, with_merges_read
+from tgvkv_compile.pipeline import plan_of, rewrite_graph, vision_counter, with_merges_read
 from tgvkv_compile.plan import Plan, render_misses
 from tgvkv_compile.runtime.compact import arena_slots
 from tgvkv_compile.runtime.logical import LogicalKV
@@ -178,15 +178,17 @@ class TgvkvBackend:
 
     def _program(self, gm: GraphModule, inputs: list[Any], plan: Plan, compressed: frozenset[str]) -> Callable[..., Any]:
         options = self.options
+        # The rewrite outlives the call: tensors of it would keep this request's cache alive.
+        sizes = [None if isinstance(value, Tensor) else value for value in inputs]
+        counter = counter_of(gm, sizes, plan, options)
         rewrite = functools.partial(
             rewrite_graph,
             gm,
-            # The rewrite outlives the call: tensors of it would keep this request's cache alive.
-            [None if isinstance(value, Tensor) else value for value in inputs],
+            sizes,
             compressed,
             options.eviction,
             reserve=options.growth_reserve,
-            slots_hint=_Slots(inputs),
+            arena_slots=slots_of_example(plan, inputs, options, fewest_vision(counter, inputs)),
             prefill_cap=options.prefill_cap,
             stop_after=options.stop_after,
             dumper=self._dumper,
@@ -197,7 +199,7 @@ class TgvkvBackend:
             return self._dense(gm, inputs)
         weight = key_weight(plan, gm)
         if plan.kind == "prefill":
-            return PrefillProgram(rewrite, options, id(self), weight)
+            return PrefillProgram(rewrite, options, id(self), weight, counter)
         if plan.kind == "late_prefill":
             return LatePrefillProgram(rewrite, options, id(self), weight)
         position = {node.name: index for index, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
@@ -222,34 +224,29 @@ class TgvkvBackend:
             warnings.warn(f"tgvkv: {message}", stacklevel=2)
 
 
-class _Slots:
-    """T of the example call, found once; then the example inputs can go."""
-
-    def __init__(self, inputs: list[Any]) -> None:
-        self._inputs = inputs
-        self._slots: int | None = None
-
-    def __call__(self, rewrite: Rewrite) -> int:
-        if self._slots is None:
-            self._slots = slots_of_example(rewrite, inputs=self._inputs)
-            self._inputs = []
-        return self._slots
+def counter_of(gm: GraphModule, inputs: list[Any], plan: Plan, options: BackendOptions) -> GraphModule | None:
+    """What counts the vision tokens of a prefill, where its arena's size depends on them (`budget_of="vision"`)."""
+    needed = plan.kind == "prefill" and options.eviction.budget_of == "vision"
+    return vision_counter(gm, inputs, options.eviction) if needed else None
 
 
-def slots_of_example(rewrite: Rewrite, *, inputs: list[Any]) -> int:
-    """T of the example call: of the arena that a prefill would make, or of the one behind the handles."""
+def slots_of_example(plan: Plan, inputs: list[Any], options: BackendOptions, num_vision: int | None) -> int:
+    """T of the example call: of the arena that a prefill would make, or of the one behind the handles; else 0.
+
+    Args:
+        plan: Of the graph.
+        inputs: Its example inputs.
+        options: Of the backend.
+        num_vision: Of `fewest_vision`.
+    """
     for value in inputs:
         if isinstance(value, LogicalKV):
             return value.compact.state.key_arena.shape[2]
-    size = fake_tensor(rewrite.plan.sites[0].key.node).shape[2]
+    if plan.kind != "prefill":
+        return 0
+    size = fake_tensor(plan.sites[0].key.node).shape[2]
     length = int(size.node.hint) if isinstance(size, SymInt) else size  # int(size) would compile for this length alone
-    return arena_slots(
-        rewrite.plan.num_layers,
-        length,
-        rewrite.reserve,
-        config=rewrite.config,
-        num_vision=fewest_vision(rewrite.vision_count, inputs),
-    )
+    return arena_slots(plan.num_layers, length, options.growth_reserve, config=options.eviction, num_vision=num_vision)
 
 
 def problem_of(gm: GraphModule, plan: Plan) -> TgvkvError | None:

@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from tgvkv_compile.backend import dynamo
 from tgvkv_compile.backend.apart import compile_apart
-from tgvkv_compile.backend.backend import problem_of, slots_of_example
+from tgvkv_compile.backend.backend import counter_of, problem_of, slots_of_example
 from tgvkv_compile.backend.cut import Cut
 from tgvkv_compile.backend.options import BackendOptions, read_options
 from tgvkv_compile.backend.programs import fewest_vision
@@ -22,7 +22,7 @@ from tgvkv_compile.fx.meta import fake_tensor, source_line
 from tgvkv_compile.fx.subgraphs import all_nodes
 from tgvkv_compile.fx.targets import op_kind, target_name
 from tgvkv_compile.ops.budgeting import kept_bound
-from tgvkv_compile.pipeline import find_all, plan_found, rewrite_graph, with_merges_read
+from tgvkv_compile.pipeline import find_all, plan_found, with_merges_read
 from tgvkv_compile.plan import AttentionSite, GraphKind, Miss, Plan
 from tgvkv_compile.runtime.inspect import CACHE_NAMES
 from tgvkv_compile.runtime.logical import LogicalKV
@@ -264,21 +264,12 @@ def _describe(node: Node) -> str:
 
 
 def _capacity(gm: GraphModule, inputs: list[Any], plan: Plan, options: BackendOptions) -> Capacity:
-    rewrite = rewrite_graph(
-        gm,
-        inputs,
-        frozenset(),
-        options.eviction,
-        reserve=options.growth_reserve,
-        slots_hint=lambda rewrite: 0,
-        stop_after="extract_vision_count",
-    )
-    slots = slots_of_example(rewrite, inputs=inputs)
+    vision = fewest_vision(counter_of(gm, inputs, plan, options), inputs)
+    slots = slots_of_example(plan, inputs, options, vision)
     key, value = fake_tensor(plan.sites[0].key.node), fake_tensor(plan.sites[0].value.node)
     batch, heads, length, dim = (int(size) for size in key.shape)
     entry = heads * dim * (key.element_size() + value.element_size())
     layers = plan.num_layers
-    vision = fewest_vision(rewrite.vision_count, inputs)
     return Capacity(
         num_layers=layers,
         batch_size=batch,

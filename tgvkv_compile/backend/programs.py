@@ -152,7 +152,14 @@ def put_handles(outputs: list[Any], slots: Sequence[tuple[int, int]], compact: C
 class PrefillProgram:
     """Runs a rewritten prefill and wraps its compact state into a cache and handles."""
 
-    def __init__(self, rewrite: Callable[[], Rewrite], options: BackendOptions, backend: int, weight: int | None) -> None:
+    def __init__(
+        self,
+        rewrite: Callable[[], Rewrite],
+        options: BackendOptions,
+        backend: int,
+        weight: int | None,
+        counter: GraphModule | None,
+    ) -> None:
         first = rewrite()
         plan = first.plan
         self._compiled = CompiledRewrite(rewrite, first, options)
@@ -161,7 +168,7 @@ class PrefillProgram:
         self._slots = [(site.key.output, site.value.output) for site in plan.sites]
         self._outputs = len(output_nodes(first.gm)) - len(CompactState._fields) - 3
         self._length = size_reader(first.gm, fake_tensor(plan.sites[0].key.node).shape[2])
-        self._vision_count = first.vision_count
+        self._counter = counter
 
     def __call__(self, *inputs: Any) -> list[Any]:
         """Inputs and outputs as dynamo's graph has them, handles in the places of keys and values."""
@@ -174,7 +181,7 @@ class PrefillProgram:
             length,
             options.growth_reserve,
             config=options.eviction,
-            num_vision=fewest_vision(self._vision_count, inputs),
+            num_vision=fewest_vision(self._counter, inputs),
         )
         given = [*inputs, slots]
         results = self._compiled.fitting(given)(*given)
@@ -201,7 +208,7 @@ def fewest_vision(counter: GraphModule | None, inputs: Sequence[Any]) -> int | N
     """Fewest vision tokens of a sample, where the arena's size depends on it (`budget_of="vision"`).
 
     Args:
-        counter: From `extract_vision_count`.
+        counter: From `vision_counter`, or None where that does not matter.
         inputs: Of a call, or example inputs from dynamo, where sizes may be symbolic.
     """
     if counter is None:
