@@ -27,6 +27,7 @@ from tests.passes.decoder import (
 from tgvkv_compile.ops.policy.rank import scores_from_attention
 from tgvkv_compile.ops.probabilities import attention_probabilities
 from tgvkv_compile.ops.roles import token_roles
+from tgvkv_compile.passes.inserted import Scores
 
 FORMS: list[Any] = [
     pytest.param(flag, None, id="flag"),
@@ -41,7 +42,7 @@ FORMS: list[Any] = [
 def test_scores_are_those_of_the_attention(form: Any, mask: Tensor | None, kv_heads: int) -> None:
     gm, inputs = capture(Decoder(form, kv_heads=kv_heads), tokens(2), features(2), None, mask)
     result = rewritten(gm, inputs, "insert_scoring")
-    assert result.scores is not None and len(result.scores.mass) == len(result.scores.score) == 2
+    assert len(result.get(Scores).mass) == len(result.get(Scores).score) == 2
     got = values(result.gm, inputs)
     hidden = 0 if mask is None else 3 if not bool((mask[0, 0, -1] == mask[0, 0, -1, -1])[0]) else 0
     visible = causal(2, 19, left=hidden)

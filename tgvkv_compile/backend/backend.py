@@ -34,6 +34,7 @@ from tgvkv_compile.fx.subgraphs import all_nodes
 from tgvkv_compile.fx.targets import op_kind
 from tgvkv_compile.lower import lower_dense, prepare_inductor
 from tgvkv_compile.passes.plan_graph import UNSEEN
+from tgvkv_compile.passes.rewrite import ArenaSizes
 from tgvkv_compile.pipeline import plan_of, rewrite_graph, vision_counter, with_merges_read
 from tgvkv_compile.plan import Plan, render_misses
 from tgvkv_compile.runtime.compact import arena_slots
@@ -181,15 +182,14 @@ class TgvkvBackend:
         # The rewrite outlives the call: tensors of it would keep this request's cache alive.
         sizes = [None if isinstance(value, Tensor) else value for value in inputs]
         counter = counter_of(gm, sizes, plan, options)
+        slots = slots_of_example(plan, inputs, options, fewest_vision(counter, inputs))
         rewrite = functools.partial(
             rewrite_graph,
             gm,
             sizes,
             compressed,
             options.eviction,
-            reserve=options.growth_reserve,
-            arena_slots=slots_of_example(plan, inputs, options, fewest_vision(counter, inputs)),
-            prefill_cap=options.prefill_cap,
+            ArenaSizes(slots, options.growth_reserve, options.prefill_cap),
             stop_after=options.stop_after,
             dumper=self._dumper,
         )

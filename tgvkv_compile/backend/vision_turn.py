@@ -18,7 +18,7 @@ from tgvkv_compile.backend.programs import (
 from tgvkv_compile.fx.environment import size_reader
 from tgvkv_compile.fx.meta import fake_tensor
 from tgvkv_compile.ops.state import Reselected
-from tgvkv_compile.pipeline import Rewrite
+from tgvkv_compile.passes.rewrite import Rewrite
 from tgvkv_compile.runtime.compact import CacheIdentity, CompactCache, select_candidates
 
 _Pairs = list[tuple[Any, Any]]

@@ -22,6 +22,7 @@ from tgvkv_compile.export.rewritten import exported, rewrite_decode, rewrite_pre
 from tgvkv_compile.export.suitable import check_dtypes, check_implementation
 from tgvkv_compile.export.traced import traced_decode, traced_prefill
 from tgvkv_compile.export.vision import traced_vision
+from tgvkv_compile.fx.dump import Dumper
 from tgvkv_compile.fx.meta import fake_tensor, output_nodes
 from tgvkv_compile.ops.fixed_prefill import block_count
 
@@ -79,6 +80,7 @@ def export_program(
     decode: DecodeMode = "ratio",
     sink_tokens: int = SINK_TOKENS,
     ranking: Ranking = "twr",
+    dump_graphs: str | None = None,
     say: Say | None = None,
 ) -> Programs:
     """Exports a model as prefill and decode. The model stays as it is.
@@ -103,6 +105,7 @@ def export_program(
         decode: What decoding evicts.
         sink_tokens: How many first tokens are always kept.
         ranking: Which tokens stay, by name.
+        dump_graphs: Folder for readable graphs before and after each pass.
         say: Told what is being done.
 
     Returns:
@@ -147,8 +150,9 @@ def export_program(
     say("tracing a decode step")
     step, step_inputs = traced_decode(model, family, entries)
     say("rewriting both")
-    rewrite_prefill(prefill, list(inputs.values()), plan, blocks, max_question)
-    state = rewrite_decode(step, step_inputs, plan)
+    dumper = Dumper(dump_graphs)
+    rewrite_prefill(prefill, list(inputs.values()), plan, blocks, max_question, dumper)
+    state = rewrite_decode(step, step_inputs, plan, dumper)
     decode_inputs = dict(zip(("token", "position"), step_inputs, strict=False), **state)
     say("exporting the prefill")
     prefill_program = exported(prefill, list(inputs.values()), shapes)

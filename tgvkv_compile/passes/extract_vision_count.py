@@ -1,17 +1,16 @@
 """Extract: the few nodes that tell, before a prefill runs, how many vision tokens each sample has."""
 
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
-from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.fx.dead_code import remove_dead
 from tgvkv_compile.fx.insert import insert_call
 from tgvkv_compile.ops.graph_masks import valid_columns, vision_positions
 from tgvkv_compile.ops.packing import count_vision
 from tgvkv_compile.ops.roles import token_roles
-from tgvkv_compile.plan import Plan
+from tgvkv_compile.passes.rewrite import Rewrite
 
 
-def extract_vision_count(gm: GraphModule, plan: Plan, config: EvictionConfig) -> None:
+def extract_vision_count(rewrite: Rewrite) -> None:
     """Leaves of a prefill what counts its vision tokens, and nothing else.
 
     With `budget_of="vision"` all text is kept, so the arena's size depends on how much of the prompt is vision.
@@ -25,8 +24,9 @@ def extract_vision_count(gm: GraphModule, plan: Plan, config: EvictionConfig) ->
         %tgvkv_count : i64[B] = count_vision(token_roles(vision_positions((%mask,)), %valid))
         return (%tgvkv_count,)                                  # all else is dead and gone
 
-    Requires: a prefill plan without mask functions. Ensures: the graph takes the inputs that the prefill does.
+    Requires: a prefill plan; `materialise_masks` ran. Ensures: the graph takes the inputs that the prefill does.
     """
+    gm, plan = rewrite.gm, rewrite.plan
     assert plan.modality is not None
     first, masks = plan.sites[0], tuple(plan.modality.masks)
     with gm.graph.inserting_before(gm.graph.output_node()):
@@ -35,6 +35,6 @@ def extract_vision_count(gm: GraphModule, plan: Plan, config: EvictionConfig) ->
         if first.mask is not None:
             valid = insert_call(gm, valid_columns, first.mask, masks[0], name="tgvkv_valid")
         roles = insert_call(gm, token_roles, vision, valid, name="tgvkv_roles")
-        count = insert_call(gm, count_vision, roles, name="tgvkv_count", **config.constants())
+        count = insert_call(gm, count_vision, roles, name="tgvkv_count", **rewrite.config.constants())
     gm.graph.output_node().args = ((count,),)
     remove_dead(gm)

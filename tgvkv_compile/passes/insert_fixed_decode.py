@@ -2,20 +2,18 @@
 
 from typing import Any
 
-from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
-from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.fx.insert import insert_call, insert_item, insert_placeholder
 from tgvkv_compile.fx.meta import output_nodes
 from tgvkv_compile.ops.continue_step import advance_lengths
 from tgvkv_compile.ops.fixed_decode import fixed_decode_step, stack_layers
 from tgvkv_compile.ops.packing import by_layer
 from tgvkv_compile.passes.cached import drop_pasts, past_inputs
-from tgvkv_compile.plan import Plan
+from tgvkv_compile.passes.rewrite import FixedDecode, Rewrite
 
 
-def insert_fixed_decode(gm: GraphModule, plan: Plan, config: EvictionConfig, state: dict[str, Tensor]) -> None:
+def insert_fixed_decode(rewrite: Rewrite) -> None:
     """Replaces append and attention of every layer by one step on its slots.
 
     Before::
@@ -34,15 +32,10 @@ def insert_fixed_decode(gm: GraphModule, plan: Plan, config: EvictionConfig, sta
 
     Requires: a decode plan of a graph whose first output is the logits. Ensures: no past of another length is an input any
     more; nothing that comes in is written to.
-
-    Args:
-        gm: The graph.
-        plan: Its plan.
-        config: The eviction options.
-        state: Fake values of the new inputs, by name, in the order in which prefill returns them.
     """
+    gm, plan, config = rewrite.gm, rewrite.plan, rewrite.config
     logits = output_nodes(gm)[0]
-    inputs = {name: insert_placeholder(gm, name, value) for name, value in state.items()}
+    inputs = {name: insert_placeholder(gm, name, value) for name, value in rewrite.get(FixedDecode).state.items()}
     protect, rate, lengths = inputs["protect_from"], inputs["keep_rate"], inputs["lengths"]
     returned: list[Node] = [logits]
     protected = []

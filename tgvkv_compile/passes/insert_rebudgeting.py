@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
-from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.fx.insert import insert_call, insert_item
 from tgvkv_compile.fx.meta import output_nodes
 from tgvkv_compile.ops.packing import allocated_by, by_layer, protected_from
@@ -14,11 +13,11 @@ from tgvkv_compile.ops.turns import allocate_again, extend_history
 from tgvkv_compile.passes.cached import drop_pasts
 from tgvkv_compile.passes.insert_scoring import rank_layers
 from tgvkv_compile.passes.inserted import Candidates
+from tgvkv_compile.passes.rewrite import Rewrite
 from tgvkv_compile.passes.told import told
-from tgvkv_compile.plan import Plan
 
 
-def insert_rebudgeting(gm: GraphModule, plan: Plan, candidates: Candidates, config: EvictionConfig) -> None:
+def insert_rebudgeting(rewrite: Rewrite) -> None:
     """Says which candidates of every layer are kept; the runtime packs them into a new arena.
 
     Before::
@@ -36,19 +35,14 @@ def insert_rebudgeting(gm: GraphModule, plan: Plan, candidates: Candidates, conf
         %tgvkv_seen      : b8[B, P+Q]     = extend_history(%tgvkv_history, %tgvkv_new)
         return (%tgvkv_keys_0, %tgvkv_values_0, ..., %logits, %tgvkv_keep_0, %tgvkv_at_0, ..., <Reselected>)
 
-    Requires: `insert_survivors` and `normalise_attention` ran. Ensures: nothing inserted holds attention of all rows; the
-    outputs keep their places, the candidates in those of keys and values, followed by two tensors per layer and the six of
-    `Reselected`; no past is an input any more.
-
-    Args:
-        gm: The graph.
-        plan: Its plan, from `insert_survivors`.
-        candidates: From `insert_survivors`.
-        config: The eviction options.
+    Requires: `insert_survivors` or `insert_whole_past` ran, and `normalise_attention`. Ensures: nothing inserted holds
+    attention of all rows; the outputs keep their places, the candidates in those of keys and values, followed by two tensors
+    per layer and the six of `Reselected`; no past is an input any more.
     """
+    gm, config, candidates = rewrite.gm, rewrite.config, rewrite.get(Candidates)
     options = config.constants()
     roles = candidates.roles
-    masses, scores, tiers = rank_layers(gm, plan, roles, config)
+    masses, scores, tiers = rank_layers(rewrite, roles)
     outputs = output_nodes(gm)
     keeps: list[Node] = []
     chosen: list[Node] = []
