@@ -23,12 +23,12 @@ from tgvkv_compile.errors import (
 )
 from tgvkv_compile.fx.environment import size_reader
 from tgvkv_compile.fx.meta import fake_tensor, output_nodes
-from tgvkv_compile.fx.private import compile_lock
 from tgvkv_compile.fx.subclasses import first_storage
 from tgvkv_compile.lower import Lowered, lower_rewritten, records_cuda_graphs
 from tgvkv_compile.ops.state import CompactState
 from tgvkv_compile.passes.rewrite import Rewrite
 from tgvkv_compile.plan import Plan
+from tgvkv_compile.private import compile_lock
 from tgvkv_compile.runtime.arena_pool import ArenaPool
 from tgvkv_compile.runtime.compact import CacheIdentity, CompactCache, arena_slots
 from tgvkv_compile.runtime.logical import LogicalKV, make_handle
