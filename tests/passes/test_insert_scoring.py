@@ -79,7 +79,7 @@ def test_golden() -> None:
 %tgvkv_vision : bool[1, 19] = vision_positions((%unsqueeze))
 %tgvkv_valid : bool[1, 19] = valid_columns(%l_mask_, %q)
 %tgvkv_roles : Roles = token_roles(%tgvkv_vision, %tgvkv_valid)
-%tgvkv_attention_0 : tuple = scaled_dot_product_attention_with_lse(%q, %keys, %values, %l_mask_, False, 0.5)
+%tgvkv_attention_0 : AttentionWithLse = scaled_dot_product_attention_with_lse(%q, %keys, %values, %l_mask_, False, 0.5)
 %tgvkv_output_0 : f32[1, 4, 19, 4] = getitem(%tgvkv_attention_0, 0)
 %tgvkv_lse_0 : f32[1, 4, 19] = getitem(%tgvkv_attention_0, 1)
 %tgvkv_ranks_0 : TokenRanks = rank_tokens(%q, %keys, %tgvkv_roles, %l_mask_, False, 0.5, %tgvkv_lse_0, budget=0.4, budget_of='all', ranking='twr')

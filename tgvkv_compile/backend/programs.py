@@ -22,10 +22,10 @@ from tgvkv_compile.errors import (
     TgvkvError,
 )
 from tgvkv_compile.fx.environment import size_reader
-from tgvkv_compile.fx.meta import fake_tensor, output_nodes
+from tgvkv_compile.fx.meta import fake_tensor
 from tgvkv_compile.fx.subclasses import first_storage
 from tgvkv_compile.lower import Lowered, lower_rewritten, records_cuda_graphs
-from tgvkv_compile.ops.state import CompactState
+from tgvkv_compile.ops.state import CompactState, Prefilled, split_off
 from tgvkv_compile.passes.rewrite import Rewrite
 from tgvkv_compile.plan import Plan
 from tgvkv_compile.private import compile_lock
@@ -166,7 +166,6 @@ class PrefillProgram:
         self._options, self._backend, self._weight = options, backend, weight
         self._layers = plan.num_layers
         self._slots = [(site.key.output, site.value.output) for site in plan.sites]
-        self._outputs = len(output_nodes(first.gm)) - len(CompactState._fields) - 3
         self._length = size_reader(first.gm, fake_tensor(plan.sites[0].key.node).shape[2])
         self._counter = counter
 
@@ -185,20 +184,21 @@ class PrefillProgram:
         )
         given = [*inputs, slots]
         results = self._compiled.fitting(given)(*given)
-        outputs, state, (history, room, valid) = results[: self._outputs], results[self._outputs : -3], results[-3:]
-        if valid is not None:
-            check_padding(valid)
+        results, told = split_off(results, Prefilled)
+        outputs, state = split_off(results, CompactState)
+        if told.valid is not None:
+            check_padding(told.valid)
         weight = address_of(inputs[self._weight]) if self._weight is not None else 0
         compact = CompactCache(
-            CompactState(*state),
+            state,
             config=options.eviction,
             identity=CacheIdentity(self._backend, weight, self._layers),
-            history=history,
+            history=told.history,
             logical_length=length,
             reserve=options.growth_reserve,
             # Only where some samples are shorter can there be less room than asked for; then reading it costs no stall
             # that the check for padding above has not cost already.
-            room=options.growth_reserve if valid is None else int(room),
+            room=options.growth_reserve if told.valid is None else int(told.room),
         )
         put_handles(outputs, self._slots, compact)
         return outputs

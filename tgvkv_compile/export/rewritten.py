@@ -16,6 +16,7 @@ from tgvkv_compile.fx.dump import Dumper
 from tgvkv_compile.fx.environment import Environment
 from tgvkv_compile.fx.meta import fake_tensor
 from tgvkv_compile.fx.verify import verify
+from tgvkv_compile.ops.fixed_shapes import PackedLayer
 from tgvkv_compile.passes.drop_assertions import drop_assertions
 from tgvkv_compile.passes.drop_empty_pasts import drop_empty_pasts
 from tgvkv_compile.passes.find_additions import find_additions
@@ -31,7 +32,7 @@ from tgvkv_compile.runner import Step, in_order, run_steps
 
 def state_names(num_layers: int) -> list[str]:
     """Names of the tensors that prefill returns behind the logits, and that decode takes, in order."""
-    of_layers = [f"{part}_{layer}" for layer in range(num_layers) for part in ("key", "value", "slot_position")]
+    of_layers = [f"{part}_{layer}" for layer in range(num_layers) for part in PackedLayer._fields]
     return [*of_layers, "protect_from", "keep_rate", "lengths"]
 
 

@@ -22,7 +22,7 @@ def insert_decode(rewrite: Rewrite) -> None:
 
     After::
 
-        %tgvkv_key_arena ... : the nine tensors of CompactState = placeholders, updated in place
+        %tgvkv_key_arena ... : the tensors of CompactState = placeholders, updated in place
         %tgvkv_out_l : [B, H, 1, D] = decode_step(%q_l, %k_l, %v_l, <CompactState>, layer=l, ...)
         %tgvkv_lengths_next : i64[B] = advance_lengths(%tgvkv_lengths, None, %k_0)
         return (None, None, ..., %logits, %tgvkv_lengths_next)

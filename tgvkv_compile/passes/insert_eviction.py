@@ -9,6 +9,7 @@ from tgvkv_compile.fx.insert import insert_call, insert_item, insert_placeholder
 from tgvkv_compile.fx.meta import BEGINS, output_nodes
 from tgvkv_compile.ops import packing
 from tgvkv_compile.ops.retention import retain
+from tgvkv_compile.ops.state import CompactState, Prefilled
 from tgvkv_compile.ops.turns import vision_history
 from tgvkv_compile.passes.inserted import Budgets, CappedLayers, LayerCandidates, Scores
 from tgvkv_compile.passes.rewrite import ArenaSizes, Rewrite
@@ -33,11 +34,10 @@ def insert_eviction(rewrite: Rewrite) -> None:
         %tgvkv_evict_l : None          = evict_into(%tgvkv_arena, %keys_l, %values_l, %tgvkv_keep_l, ...)
         %tgvkv_state   : Bookkeeping   = open_segments((%tgvkv_keep_0, ...), (%tgvkv_roles, ...), %tgvkv_starts)
         %tgvkv_history : b8[B, N]      = vision_history(%tgvkv_roles)
-        return (None, None, ..., %logits, <CompactState>, %tgvkv_history, %tgvkv_room, %tgvkv_valid or None)
+        return (None, None, ..., %logits, <CompactState>, <Prefilled>)
 
     Requires: `insert_budgeting` ran. Ensures: no output holds KV of the full length; the outputs keep their places,
-    with None where KV was, followed by the nine tensors of `CompactState`, which positions are vision (for later turns), the
-    decode steps that there is room for, and the validity of the prompt's columns.
+    with None where KV was, followed by the tensors of `CompactState` and of `Prefilled`.
     Where `insert_capping` capped, what it left is in the place of each layer's KV, scores and roles.
     """
     gm, plan, config = rewrite.gm, rewrite.plan, rewrite.config
@@ -72,13 +72,22 @@ def insert_eviction(rewrite: Rewrite) -> None:
         roles = tuple(candidates.roles for candidates in chosen)
         opened = call(packing.open_segments, tuple(keeps), roles, starts, name="tgvkv_state")
         opened.meta[BEGINS] = True
-        arenas = [call.item(arena, field, f"tgvkv_out_{index}") for index, field in enumerate(packing.Arena._fields)]
-        books = [call.item(opened, field, f"tgvkv_out_{index}") for index, field in enumerate(packing.Bookkeeping._fields, 4)]
-        state = [*arenas, starts, *books, rate, lengths]  # as `CompactState` has them
+        state: dict[str, Any] = {
+            "key_arena": call.item(arena, "key", "tgvkv_key_arena"),
+            "value_arena": call.item(arena, "value", "tgvkv_value_arena"),
+            "slot_position": call.item(arena, "slot_position", "tgvkv_slot_position"),
+            "segment_start": starts,
+            "segment_len": call.item(opened, "segment_len", "tgvkv_segment_len"),
+            "next_slot": call.item(opened, "next_slot", "tgvkv_next_slot"),
+            "protect_from": call.item(opened, "protect_from", "tgvkv_protect_from"),
+            "keep_rate": rate,
+            "lengths": lengths,
+        }
         history = call(vision_history, scores.roles, name="tgvkv_history")
+        told: dict[str, Any] = {"history": history, "room": room, "valid": scores.valid}
     for site in plan.sites:
         outputs[site.key.output] = outputs[site.value.output] = None
-    gm.graph.output_node().args = ((*outputs, *state, history, room, scores.valid),)
+    gm.graph.output_node().args = ((*outputs, *CompactState(**state), *Prefilled(**told)),)
 
 
 def _all_tokens(plan: Plan, scores: Scores) -> tuple[LayerCandidates, ...]:

@@ -8,6 +8,7 @@ from tgvkv_compile.fx.insert import insert_call, insert_item, insert_placeholder
 from tgvkv_compile.fx.meta import output_nodes
 from tgvkv_compile.ops.continue_step import advance_lengths
 from tgvkv_compile.ops.fixed_decode import fixed_decode_step, stack_layers
+from tgvkv_compile.ops.fixed_shapes import PackedLayer
 from tgvkv_compile.ops.packing import by_layer
 from tgvkv_compile.passes.cached import drop_pasts, past_inputs
 from tgvkv_compile.passes.rewrite import FixedDecode, Rewrite
@@ -27,7 +28,7 @@ def insert_fixed_decode(rewrite: Rewrite) -> None:
 
         %key_l, %value_l, %slot_position_l, ..., %protect_from, %keep_rate, %lengths = placeholders
         %tgvkv_step_l : Stepped      = fixed_decode_step(%q_l, %k_l, %v_l, %key_l, %value_l, %slot_position_l, ...)
-        %out_l        : [B, H, 1, D] = %tgvkv_step_l[0]
+        %out_l        : [B, H, 1, D] = %tgvkv_step_l.output
         return (%logits, key_0, value_0, slot_position_0, ..., protect_from, advance_lengths(%lengths))
 
     Requires: a decode plan of a graph whose first output is the logits. Ensures: no past of another length is an input any
@@ -50,7 +51,7 @@ def insert_fixed_decode(rewrite: Rewrite) -> None:
                 site.query,
                 site.key.new,
                 site.value.new,
-                *(inputs[f"{name}_{layer}"] for name in ("key", "value", "slot_position")),
+                *(inputs[f"{part}_{layer}"] for part in PackedLayer._fields),
                 *own,
                 lengths,
                 site.scale,
@@ -58,11 +59,10 @@ def insert_fixed_decode(rewrite: Rewrite) -> None:
                 config.sink_tokens,
                 name=f"tgvkv_step_{layer}",
             )
-            names = ("output", "next_key", "next_value", "next_slot_position", "next_protect_from")
-            out, *rest = (insert_item(gm, step, place, name=f"tgvkv_{name}_{layer}") for place, name in enumerate(names))
+            out = insert_item(gm, step, "output", name=f"tgvkv_output_{layer}")
+            returned += [insert_item(gm, step, part, name=f"tgvkv_next_{part}_{layer}") for part in PackedLayer._fields]
+            protected.append(insert_item(gm, step, "protect_from", name=f"tgvkv_next_protect_from_{layer}"))
         site.node.replace_all_uses_with(out)
-        returned += rest[:3]
-        protected.append(rest[3])
     with gm.graph.inserting_before(gm.graph.output_node()):
         following = insert_call(gm, stack_layers, tuple(protected), name="tgvkv_next_protect_from")
         new = plan.sites[0].key.new

@@ -5,7 +5,7 @@ from torch.fx import Node
 from tgvkv_compile.fx.insert import insert_call, insert_item
 from tgvkv_compile.fx.meta import output_nodes
 from tgvkv_compile.ops.fixed_prefill import first_protected, fit_layers
-from tgvkv_compile.ops.fixed_shapes import pack_layer, retain_layers
+from tgvkv_compile.ops.fixed_shapes import PackedLayer, pack_layer, retain_layers
 from tgvkv_compile.passes.inserted import Scores
 from tgvkv_compile.passes.rewrite import FixedPrefill, Rewrite
 
@@ -21,7 +21,7 @@ def insert_fixed_eviction(rewrite: Rewrite) -> None:
 
         %tgvkv_budgets  : (i64[B, L], f32[B, L])      = fit_layers((%tgvkv_mass_0, ...), %tgvkv_roles, capacities, new_tokens)
         %tgvkv_keep     : b8[B, N] * L                = retain_layers((%tgvkv_score_0, ...), (%tgvkv_tier_0, ...), ...)
-        %tgvkv_packed_l : (K, V, slot_position)       = pack_layer(%keys_l, %values_l, positions, %tgvkv_keep[l], C_l)
+        %tgvkv_packed_l : PackedLayer                 = pack_layer(%keys_l, %values_l, positions, %tgvkv_keep[l], C_l)
         %tgvkv_protect_from : i64[B, L]               = first_protected(%tgvkv_keep, %tgvkv_roles)
         return (%logits, K_0, V_0, slot_position_0, ..., %tgvkv_protect_from, rate, lengths)
 
@@ -43,7 +43,6 @@ def insert_fixed_eviction(rewrite: Rewrite) -> None:
             keep = insert_item(gm, keeps, layer, name=f"tgvkv_keep_{layer}")
             kv = (site.key.node, site.value.node)
             packed = insert_call(gm, pack_layer, *kv, positions, keep, sizes.capacities[layer], name=f"tgvkv_packed_{layer}")
-            names = (f"tgvkv_key_{layer}", f"tgvkv_value_{layer}", f"tgvkv_slots_{layer}")
-            returned += [insert_item(gm, packed, place, name=name) for place, name in enumerate(names)]
+            returned += [insert_item(gm, packed, part, name=f"tgvkv_{part}_{layer}") for part in PackedLayer._fields]
         protect = insert_call(gm, first_protected, keeps, scores.roles, name="tgvkv_protect_from")
     gm.graph.output_node().args = ((*returned, protect, rate, lengths),)

@@ -19,7 +19,7 @@ def insert_fixed_scoring(rewrite: Rewrite) -> None:
 
         %tgvkv_roles    : Roles  = roles_from_mask((%modality_mask,), %attention_mask)
         %tgvkv_scored_l : Scored = attend_and_score(%q_l, %keys_l, %values_l, %tgvkv_roles, scale, blocks, question_rows)
-        %out_l          : [B, H, N, D] = %tgvkv_scored_l[0]
+        %out_l          : [B, H, N, D] = %tgvkv_scored_l.output
 
     Requires: a prefill plan whose masks are causal among valid tokens: they are not read any more. Ensures: no node holds
     `[.., N, N]`, and none has a shape that depends on data; no site

@@ -28,7 +28,7 @@ def insert_scoring(rewrite: Rewrite) -> None:
         %tgvkv_roles  : Roles    = token_roles(%tgvkv_vision, %tgvkv_valid)
         %out_l, %lse_l = scaled_dot_product_attention_with_lse(%q_l, %keys_l, ...)
         %tgvkv_ranks_l : TokenRanks = rank_tokens(%q_l, %keys_l, %tgvkv_roles, %attn_mask, ..., %lse_l, ranking=...)
-        %tgvkv_mass_l  : f32[B]     = %tgvkv_ranks_l[0]        # and %tgvkv_score_l : f32[B, N], %tgvkv_tier_l : i64[B, N]
+        %tgvkv_mass_l  : f32[B]     = %tgvkv_ranks_l.mass      # and %tgvkv_score_l : f32[B, N], %tgvkv_tier_l : i64[B, N]
 
     Where heads are split over ranks it is `rank_tokens(..., group=...)`, which averages over the ranks what is
     linear in attention, by two functional all-reduces per layer.

@@ -3,7 +3,7 @@
 from torch.fx import Node
 
 from tgvkv_compile.fx.insert import insert_call, insert_item
-from tgvkv_compile.ops.turns import whole_past, whole_rate
+from tgvkv_compile.ops.turns import WholePast, whole_past, whole_rate
 from tgvkv_compile.passes.insert_survivors import Held, insert_candidates
 from tgvkv_compile.passes.rewrite import Rewrite
 
@@ -19,8 +19,8 @@ def insert_whole_past(rewrite: Rewrite) -> None:
 
     After::
 
-        %tgvkv_past      : (b8[B, S], i64[B], i64[B, S]) = whole_past(%mask, %past_keys_0)  # history, lengths, positions
-        %tgvkv_keep_rate : f32[B, L]                     = whole_rate(%past_keys_0, L)
+        %tgvkv_past      : WholePast = whole_past(%mask, %past_keys_0)                     # history, lengths, positions
+        %tgvkv_keep_rate : f32[B, L] = whole_rate(%past_keys_0, L)
         ...                                                            # as after `insert_survivors`, with W_l = S
 
     Requires: a plan of a turn with new vision on an uncompressed cache. Ensures: what `insert_survivors` does.
@@ -33,8 +33,6 @@ def insert_whole_past(rewrite: Rewrite) -> None:
     first = plan.sites[0]
     with gm.graph.inserting_before(first.node):
         past = insert_call(gm, whole_past, first.mask, held[0][0], name="tgvkv_past")
-        history, lengths, positions = (
-            insert_item(gm, past, index, name=f"tgvkv_{name}") for index, name in enumerate(("history", "lengths", "positions"))
-        )
+        history, lengths, positions = (insert_item(gm, past, field, name=f"tgvkv_{field}") for field in WholePast._fields)
         rate = insert_call(gm, whole_rate, held[0][0], plan.num_layers, name="tgvkv_keep_rate")
     insert_candidates(rewrite, history, lengths, rate, [Held(key, value, positions) for key, value in held])

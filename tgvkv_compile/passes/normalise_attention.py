@@ -21,9 +21,9 @@ def normalise_attention(rewrite: Rewrite) -> None:
 
     After::
 
-        %both : (..., ...)             = scaled_dot_product_attention_with_lse(%q, %keys, %values, %mask, is_causal, scale)
-        %out  : [B, H, N, D]           = %both[0]
-        %lse  : f32[B, H, N]           = %both[1]                # only where the kernel gives it
+        %both : AttentionWithLse       = scaled_dot_product_attention_with_lse(%q, %keys, %values, %mask, is_causal, scale)
+        %out  : [B, H, N, D]           = %both.output
+        %lse  : f32[B, H, N]           = %both.lse              # only where the kernel gives it
 
     Requires: a prefill plan. Ensures: every site has form `"sdpa"`; no node holds attention probabilities.
     """
@@ -45,9 +45,9 @@ def _fuse(gm: GraphModule, site: AttentionSite, layer: int) -> AttentionSite:
             site.scale,
             name=f"tgvkv_attention_{layer}",
         )
-        out = insert_item(gm, both, 0, name=f"tgvkv_output_{layer}")
-        if fake_value(both)[1] is not None:
-            lse = insert_item(gm, both, 1, name=f"tgvkv_lse_{layer}")
+        out = insert_item(gm, both, "output", name=f"tgvkv_output_{layer}")
+        if fake_value(both).lse is not None:
+            lse = insert_item(gm, both, "lse", name=f"tgvkv_lse_{layer}")
     both.meta[BEGINS] = True
     for node in (both, out):
         for key in ("stack_trace", "nn_module_stack"):
