@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from tgvkv_compile.backend.arena_sizes import fewest_vision
 from tgvkv_compile.backend.callers import refuse_assisted_decoding
 from tgvkv_compile.backend.options import BackendOptions
 from tgvkv_compile.errors import (
@@ -202,21 +203,6 @@ class PrefillProgram:
         )
         put_handles(outputs, self._slots, compact)
         return outputs
-
-
-def fewest_vision(counter: GraphModule | None, inputs: Sequence[Any]) -> int | None:
-    """Fewest vision tokens of a sample, where the arena's size depends on it (`budget_of="vision"`).
-
-    Args:
-        counter: From `vision_counter`, or None where that does not matter.
-        inputs: Of a call, or example inputs from dynamo, where sizes may be symbolic.
-    """
-    if counter is None:
-        return None
-    inputs = [value.node.hint if isinstance(value, torch.SymInt) else value for value in inputs]
-    with torch.no_grad():
-        (count,) = counter(*inputs)
-    return int(count.min())
 
 
 class CachedProgram:
