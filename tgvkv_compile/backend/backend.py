@@ -13,20 +13,10 @@ from tgvkv_compile.backend import dynamo
 from tgvkv_compile.backend.analysis import Analysis, analyse
 from tgvkv_compile.backend.arena_sizes import counter_of, fewest_vision, slots_of_example
 from tgvkv_compile.backend.cut import Cut
-from tgvkv_compile.backend.options import GROWTH_RESERVE, BackendOptions, misplaced, read_options
+from tgvkv_compile.backend.options import BackendOptions, misplaced, read_options, takes
 from tgvkv_compile.backend.programs import CachedProgram, PrefillProgram, Refusal, key_weight
 from tgvkv_compile.backend.versions import warn_of_untried
 from tgvkv_compile.backend.vision_turn import LatePrefillProgram, VisionContinuationProgram
-from tgvkv_compile.config import (
-    SINK_TOKENS,
-    Budgeting,
-    BudgetOf,
-    CompileMode,
-    DecodeMode,
-    Lowering,
-    OnUnsupported,
-    Ranking,
-)
 from tgvkv_compile.errors import TgvkvError
 from tgvkv_compile.fx.dump import Dumper
 from tgvkv_compile.lower import lower_dense, prepare_inductor
@@ -36,75 +26,21 @@ from tgvkv_compile.pipeline import rewrite_graph
 log = logging.getLogger("tgvkv_compile")
 
 
-def tgvkv_backend(
-    budget: float | int = 0.05,
-    *,
-    budget_of: BudgetOf = "all",
-    budgeting: Budgeting | Callable[..., Any] = "tvb",
-    decode: DecodeMode = "ratio",
-    sink_tokens: int = SINK_TOKENS,
-    ranking: Ranking | Callable[..., Any] = "twr",
-    lowering: Lowering = "inductor",
-    mode: CompileMode | None = None,
-    options: dict[str, Any] | None = None,
-    on_unsupported: OnUnsupported = "raise",
-    configure_dynamo: bool = True,
-    growth_reserve: int = GROWTH_RESERVE,
-    prefill_cap: float | None = None,
-    dump_graphs: str | None = None,
-    stop_after: str | None = None,
-    **unknown: object,
-) -> "TgvkvBackend":
+@takes(BackendOptions)
+def tgvkv_backend(**options: Any) -> "TgvkvBackend":
     """Makes a `torch.compile` backend that evicts KV under the guidance of the text (TGV-KV, arXiv 2606.03075).
 
     Give it to `model.compile(backend=...)` or `model.forward = torch.compile(model.forward, backend=...)`; a model whose
     `forward` is called directly may also be wrapped by `torch.compile(model, backend=...)`.
 
     Args:
-        budget: Float in (0, 1]: fraction of KV kept. Int >= 1: tokens kept per layer, on average.
-        budget_of: `"all"`: the budget is a fraction of the whole prompt; `"vision"`: of its vision tokens, all text kept.
-        budgeting: `"tvb"` (paper, as released), `"waterfill"` (clamped layers hand their surplus on), `"uniform"`,
-            `"pyramid"`, or a function (`docs/policies.md`).
-        decode: `"ratio"` (as released), `"fixed"` (one in, one out) or `"keep"` (nothing is evicted while decoding).
-        sink_tokens: How many first tokens are always kept.
-        ranking: Which tokens of a prompt stay: `"twr"` (as released), `"snapkv"`, `"h2o"`, `"streaming"`, `"knorm"`,
-            `"random"`, or a function (`docs/policies.md`).
-        lowering: `"inductor"`; `"aot_eager"` and `"eager"` are for debugging.
-        mode: Inductor's mode, as in `torch.compile(mode=...)`.
-        options: Inductor's options, as in `torch.compile(options=...)`.
-        on_unsupported: What to do with a decoder that cannot be rewritten: `"raise"`, or `"passthrough"` (run it
-            uncompressed, and say so once).
-        configure_dynamo: Set dynamo's process-wide flags that a VLM needs (see `backend.dynamo.configure`).
-        growth_reserve: Decode steps that a fresh cache has room for; it grows geometrically when they are used up.
-        prefill_cap: Bounds the memory of a prefill: at most this multiple of the mean budget is kept of each layer as soon
-            as the layer is done, so that the full KV of all layers never exists at once. Exact wherever no layer is to keep
-            more; one that is keeps its best tokens up to that. Needs `budget_of="all"`. None: no such bound.
-        dump_graphs: Folder for readable graphs before and after each pass.
-        stop_after: Name of the last pass to run. The graphs can then be looked at; the model runs uncompressed.
-        **unknown: Refused.
+        **options: The fields of `BackendOptions`, which says what each means; `budget` may be given by position.
 
     Raises:
         ConfigError: An option has a value that cannot be used.
         UnknownOptionError: There is no such option.
     """
-    given = {
-        "budget": budget,
-        "budget_of": budget_of,
-        "budgeting": budgeting,
-        "decode": decode,
-        "sink_tokens": sink_tokens,
-        "ranking": ranking,
-        "lowering": lowering,
-        "mode": mode,
-        "options": options,
-        "on_unsupported": on_unsupported,
-        "configure_dynamo": configure_dynamo,
-        "growth_reserve": growth_reserve,
-        "prefill_cap": prefill_cap,
-        "dump_graphs": dump_graphs,
-        "stop_after": stop_after,
-    }
-    return TgvkvBackend(read_options({**given, **unknown}, where="tgvkv_backend"))
+    return TgvkvBackend(read_options(options, where="tgvkv_backend"))
 
 
 class TgvkvBackend:
