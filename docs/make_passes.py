@@ -11,7 +11,7 @@ from tgvkv_compile.pipeline import STEPS
 from tgvkv_compile.plan import GraphKind
 from tgvkv_compile.runner import Step
 
-FINDERS = (
+FIRST = (
     "read_merges",
     "find_appends",
     "find_enclosed",
@@ -23,9 +23,9 @@ FINDERS = (
 )
 HEAD = """# The passes
 
-Generated from the docstrings by `make docs`. Finders change nothing and run first; the planner decides what a graph is;
-then what the table lists for that kind of graph runs, in order. After each pass the graph is verified: dead code gone, linted,
-recompiled, metadata present.
+Generated from the docstrings by `make docs`. `read_merges` runs first, then the finders, which change nothing; the planner
+decides what a graph is; then what the table lists for that kind of graph runs, in order. After each pass the graph is
+verified: dead code gone, linted, recompiled, metadata present.
 
 Legend: `B` batch, `H` query heads, `Hkv` key/value heads, `N` prompt, `Q` queries of this call, `S` sequence, `D` head dim,
 `L` layers, `T` arena slots.
@@ -83,7 +83,7 @@ def _table(steps: Mapping[GraphKind, tuple[Step, ...]]) -> str:
 def render() -> str:
     """The whole page."""
     parts = [HEAD, _table(STEPS)]
-    parts += [section(name, name) for name in FINDERS]
+    parts += [section(name, name) for name in FIRST]
     parts.append(section("extract_vision_count", "extract_vision_count (a copy of a prefill, before it is rewritten)"))
     for name, kinds in _kinds(STEPS).items():
         parts.append(section(name, f"{name} ({', '.join(kinds)})"))
