@@ -54,6 +54,10 @@ class EvictionConfig:
         if not callable(self.ranking):
             check_choice("ranking", self.ranking, Ranking, otherwise="or give a function")
 
+    def for_ranking(self) -> dict[str, Any]:
+        """What a function in a graph that ranks one layer's tokens takes of it (`ops.policy.rank.rank_by_walk`)."""
+        return {"budget": self.budget, "budget_of": self.budget_of, "ranking": self.ranking}
+
     def constants(self) -> dict[str, Any]:
         """What functions in a graph make such a record of again: plain values; who needs a function is handed it itself."""
         plain = {name: getattr(self, name) for name in names_of(EvictionConfig) if name != "ranking"}

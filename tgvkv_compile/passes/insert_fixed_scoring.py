@@ -28,7 +28,6 @@ def insert_fixed_scoring(rewrite: Rewrite) -> None:
     gm, plan, config, sizes = rewrite.gm, rewrite.plan, rewrite.config, rewrite.get(FixedPrefill)
     assert plan.modality is not None
     masses, scores, tiers = [], [], []
-    options = {"ranking": config.ranking, "budget": config.budget, "budget_of": config.budget_of}
     with gm.graph.inserting_before(plan.sites[0].node):
         roles = insert_call(gm, roles_from_mask, tuple(plan.modality.masks), sizes.attention_mask, name="tgvkv_roles")
     for layer, site in enumerate(plan.sites):
@@ -45,7 +44,7 @@ def insert_fixed_scoring(rewrite: Rewrite) -> None:
                 sizes.question_rows,
                 name=f"tgvkv_scored_{layer}",
                 layer=layer,
-                **options,
+                **config.for_ranking(),
             )
             out = insert_item(gm, scored, "output", name=f"tgvkv_output_{layer}")
             masses.append(insert_item(gm, scored, "mass", name=f"tgvkv_mass_{layer}"))

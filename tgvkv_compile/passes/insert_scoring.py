@@ -61,11 +61,10 @@ def rank_layers(rewrite: Rewrite, roles: tuple[Node, ...]) -> tuple[tuple[Node, 
         `(mass, score, tier)` per layer: `f32[B]`, `f32[B, S]`, `i64[B, S]`.
     """
     gm, plan, config = rewrite.gm, rewrite.plan, rewrite.config
-    named = isinstance(config.ranking, str)
-    function: Any = rank_tokens if named else ranked_by(config.ranking)
-    options: dict[str, Any] = {"budget": config.budget, "budget_of": config.budget_of}
-    if named:
-        options["ranking"] = config.ranking
+    options = config.for_ranking()
+    function: Any = rank_tokens
+    if not isinstance(config.ranking, str):
+        function = ranked_by(options.pop("ranking"))  # a graph's constants are plain values
     if plan.tensor_parallel is not None:
         options["group"] = plan.tensor_parallel.group
     found = []
