@@ -41,7 +41,7 @@ from tgvkv_compile.runner import Step, in_order, run_steps
 STEPS: Mapping[GraphKind, tuple[Step, ...]] = {
     "prefill": in_order(
         Step(materialise_masks),
-        Step(normalise_attention),
+        Step(normalise_attention, requires=(materialise_masks,)),
         Step(insert_scoring, requires=(normalise_attention,)),
         Step(insert_capping, requires=(insert_scoring,)),
         Step(insert_budgeting, requires=(insert_scoring,)),
@@ -55,13 +55,13 @@ STEPS: Mapping[GraphKind, tuple[Step, ...]] = {
     "vision_continuation": in_order(
         Step(materialise_masks),
         Step(insert_survivors, requires=(materialise_masks,)),
-        Step(normalise_attention),
+        Step(normalise_attention, requires=(insert_survivors,)),
         Step(insert_rebudgeting, requires=(insert_survivors, normalise_attention)),
     ),
     "late_prefill": in_order(
         Step(materialise_masks),
         Step(insert_whole_past, requires=(materialise_masks,)),
-        Step(normalise_attention),
+        Step(normalise_attention, requires=(insert_whole_past,)),
         Step(insert_rebudgeting, requires=(insert_whole_past, normalise_attention)),
     ),
 }

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from tgvkv_compile.config import EvictionConfig, name_of
 from tgvkv_compile.errors import ConfigError
+from tgvkv_compile.ops.attention_rows import AttentionRows
 from tgvkv_compile.ops.policy.layer import Layer, Ranked, Ranking, attending, materialised
 from tgvkv_compile.ops.policy.named import RANKINGS
 from tgvkv_compile.ops.policy.returned import check_tensor
 from tgvkv_compile.ops.policy.share import mean_share
 from tgvkv_compile.ops.roles import Roles
 from tgvkv_compile.ops.tensor_parallel import mean_over_ranks, over_ranks
-from tgvkv_compile.ops.weighing import AttentionRows, Walk
+from tgvkv_compile.ops.weighing import Walk
 
 
 class TokenRanks(NamedTuple):
