@@ -185,18 +185,19 @@ def _short(source: str) -> str:
 def _capacity_lines(capacity: Capacity) -> list[str]:
     full, compact, saved = capacity.full_bytes, capacity.compact_bytes, capacity.saved_bytes
     reserve = capacity.growth_reserve
-    verdict = f"saves {_size(saved)} ({saved / full:.0%})"
+    verdict = f"saves {size(saved)} ({saved / full:.0%})"
     if saved < 0:
-        verdict = f"costs {_size(-saved)} more: room for {reserve} steps is larger than the KV of so short a prompt"
+        verdict = f"costs {size(-saved)} more: room for {reserve} steps is larger than the KV of so short a prompt"
     return [
         f"  prompt: {capacity.batch_size} x {capacity.prompt_length} tokens, {capacity.num_layers} layers",
         f"  kept: at most {capacity.kept_tokens} entries over all layers, {capacity.tokens_per_layer:.1f} per layer on average",
         f"  arena: {capacity.arena_slots} slots per sample, with room for {reserve} decode steps before it grows",
-        f"  bytes: full KV {_size(full)}, arena {_size(compact)}; {verdict}",
+        f"  bytes: full KV {size(full)}, arena {size(compact)}; {verdict}",
     ]
 
 
-def _size(count: float) -> str:
+def size(count: float) -> str:
+    """Bytes in a unit that reads well."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"

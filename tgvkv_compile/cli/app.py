@@ -1,9 +1,10 @@
 """The commands and their options. What they do is loaded when they are called: torch takes seconds to import."""
 
 import platform
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -178,27 +179,6 @@ def _refuse_beside_onnx(context: typer.Context) -> None:
             raise CommandError(f"--{option} cannot be given beside --onnx: the export has its own; export again to change it")
 
 
-def _export(target: Literal["onnx", "tensorrt"], **given: Any) -> None:
-    with told_plainly():
-        from tgvkv_compile.cli.export import check_folder, check_weights, export
-        from tgvkv_compile.cli.inputs import check_prompt, load, parse_budget, read_images
-
-        eviction = given.pop("eviction")
-        kept = parse_budget(eviction.pop("budget"))
-        prompt, out = given.pop("prompt"), given.pop("out")
-        check_prompt(prompt)
-        check_folder(out)
-        check_weights(given["dtype"])
-        images = read_images(given.pop("image") or [])
-        if target == "tensorrt":
-            from tgvkv_compile.export.tensorrt_engines import torch_tensorrt_module
-
-            torch_tensorrt_module()
-        where = {name: given.pop(name) for name in ("dtype", "device", "trust_remote_code")}
-        loaded = load(given.pop("model"), **where)
-        export(target, loaded, images, prompt, out, kept, given.pop("max_new_tokens"), {**given, **eviction})
-
-
 exports = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Write engines of fixed shapes, eviction inside.")
 app.add_typer(exports, name="export")
 
@@ -222,58 +202,66 @@ Slack = Annotated[float, typer.Option(min=0.0, help="Share of a layer's slots th
 Where = Annotated[str, typer.Option(help="Where to trace, such as cpu or cuda:0.")]
 
 
-@exports.command("onnx")
-@with_eviction
-def export_to_onnx(
-    *,
-    model: Model,
-    out: Out,
-    image: Sample = None,
-    prompt: Question = "What is in the picture?",
-    eviction: Eviction,
-    max_new_tokens: Answer = 128,
-    max_prompt: Longest = None,
-    max_question: Asked = None,
-    slack: Slack = 0.25,
-    dtype: As = "float32",
-    device: Where = "cpu",
-    trust_remote_code: Remote = False,
-) -> None:
-    """Write prefill.onnx and decode.onnx, for ONNX Runtime or TensorRT's parser.
+def _exporting(target: Literal["onnx", "tensorrt"], weights: Dtype, where: str) -> Callable[..., None]:
+    """The command that exports for `target`; `weights` and `where` are its defaults of `--dtype` and `--device`."""
+
+    @with_eviction
+    def command(
+        *,
+        model: Model,
+        out: Out,
+        image: Sample = None,
+        prompt: Question = "What is in the picture?",
+        eviction: Eviction,
+        max_new_tokens: Answer = 128,
+        max_prompt: Longest = None,
+        max_question: Asked = None,
+        slack: Slack = 0.25,
+        dtype: As = weights,
+        device: Where = where,
+        trust_remote_code: Remote = False,
+    ) -> None:
+        with told_plainly():
+            from tgvkv_compile.cli.export import check_folder, check_weights, export
+            from tgvkv_compile.cli.inputs import check_prompt, load, parse_budget, read_images
+
+            kept = parse_budget(eviction.pop("budget"))
+            check_prompt(prompt)
+            check_folder(out)
+            check_weights(dtype)
+            images = read_images(image or [])
+            if target == "tensorrt":
+                from tgvkv_compile.export.tensorrt_engines import torch_tensorrt_module
+
+                torch_tensorrt_module()
+            loaded = load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+            sizes = {"max_prompt": max_prompt, "max_question": max_question, "slack": slack}
+            export(target, loaded, images, prompt, out, kept, max_new_tokens, {**sizes, **eviction})
+
+    return command
+
+
+exports.command(
+    "onnx",
+    help="""Write prefill.onnx and decode.onnx, for ONNX Runtime or TensorRT's parser.
 
     The sample decides the number and size of pictures, and how many slots each layer gets.
 
     [bold]Example[/bold]
 
     tgvkv export onnx --model ./llava --image cat.jpg --prompt "What is this?" --budget 0.05 --out ./engines
-    """
-    _export("onnx", **locals())
+    """,
+)(_exporting("onnx", "float32", "cpu"))
 
-
-@exports.command("tensorrt")
-@with_eviction
-def export_to_tensorrt(
-    *,
-    model: Model,
-    out: Out,
-    image: Sample = None,
-    prompt: Question = "What is in the picture?",
-    eviction: Eviction,
-    max_new_tokens: Answer = 128,
-    max_prompt: Longest = None,
-    max_question: Asked = None,
-    slack: Slack = 0.25,
-    dtype: As = "auto",
-    device: Where = "cuda",
-    trust_remote_code: Remote = False,
-) -> None:
-    """Write prefill.engine and decode.engine with Torch-TensorRT. It has not run on TensorRT yet (docs/export.md).
+exports.command(
+    "tensorrt",
+    help="""Write prefill.engine and decode.engine with Torch-TensorRT. It has not run on TensorRT yet (docs/export.md).
 
     [bold]Example[/bold]
 
     tgvkv export tensorrt --model ./llava --image cat.jpg --prompt "What is this?" --budget 0.05 --out ./engines
-    """
-    _export("tensorrt", **locals())
+    """,
+)(_exporting("tensorrt", "auto", "cuda"))
 
 
 @app.command()
