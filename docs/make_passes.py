@@ -3,13 +3,15 @@
 import importlib
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from tgvkv_compile.export.rewritten import STEPS as EXPORT_STEPS
 from tgvkv_compile.pipeline import STEPS
+from tgvkv_compile.plan import GraphKind
+from tgvkv_compile.runner import Step
 
-FINDERS = (
+FIRST = (
     "read_merges",
     "find_appends",
     "find_enclosed",
@@ -22,8 +24,8 @@ FINDERS = (
 SECTIONS = {"Args:": "Arguments", "Raises:": "Raises", "Returns:": "Returns"}
 HEAD = """# The passes
 
-Generated from the docstrings by `make docs`. Finders change nothing and run first; the planner decides what a graph is;
-then the steps below run in this order, each only on the kinds of graph named with it. After each of them the graph is
+Generated from the docstrings by `make docs`. `read_merges` runs first, then the finders, which change nothing; the planner
+decides what a graph is; then what the table lists for that kind of graph runs, in order. After each pass the graph is
 verified: dead code gone, linted, recompiled, metadata present.
 
 Legend: `B` batch, `H` query heads, `Hkv` key/value heads, `N` prompt, `Q` queries of this call, `S` sequence, `D` head dim,
@@ -86,16 +88,32 @@ def _sections(lines: list[str]) -> Iterator[str]:
             yield f"- `{name}`: {said}"
 
 
+def _kinds(steps: Mapping[GraphKind, tuple[Step, ...]]) -> dict[str, list[str]]:
+    """Of each pass, in the order of the lists, the kinds of graph it is for."""
+    found: dict[str, list[str]] = {}
+    for kind, listed in steps.items():
+        for step in listed:
+            found.setdefault(step.name, []).append(kind)
+    return found
+
+
+def _table(steps: Mapping[GraphKind, tuple[Step, ...]]) -> str:
+    """Which passes each kind of graph goes through."""
+    rows = [f"| `{kind}` | {', '.join(f'`{step.name}`' for step in listed)} |" for kind, listed in steps.items()]
+    return "\n".join(["| kind of graph | passes |", "| --- | --- |", *rows, ""])
+
+
 def render() -> str:
     """The whole page."""
-    parts = [HEAD]
-    parts += [section(name, name) for name in FINDERS]
-    for step in STEPS:
-        parts.append(section(step.name, f"{step.name} ({', '.join(sorted(step.kinds))})"))
-    parts.append(EXPORTED)
+    parts = [HEAD, _table(STEPS)]
+    parts += [section(name, name) for name in FIRST]
+    parts.append(section("extract_vision_count", "extract_vision_count (a copy of a prefill, before it is rewritten)"))
+    for name, kinds in _kinds(STEPS).items():
+        parts.append(section(name, f"{name} ({', '.join(kinds)})"))
+    parts += [EXPORTED, _table(EXPORT_STEPS)]
     parts += [section(name, f"{name} (exported graphs)") for name in ("drop_assertions", "find_additions")]
-    for kind, steps in EXPORT_STEPS.items():
-        parts += [section(name, f"{name} (exported {kind})") for name, _ in steps]
+    for name, kinds in _kinds(EXPORT_STEPS).items():
+        parts.append(section(name, f"{name} (exported {', '.join(kinds)})"))
     return "\n".join(parts)
 
 

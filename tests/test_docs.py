@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from tests.families.table import FAMILIES
+from tgvkv_compile import passes
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -40,6 +41,17 @@ def record(name: str) -> Any:
 def test_a_generated_page_is_up_to_date(page: str) -> None:
     module = module_at(DOCS / f"make_{page}.py")
     assert (DOCS / f"{page}.md").read_text(encoding="utf-8") == module.render(), f"run `python docs/make_{page}.py`"
+
+
+def test_every_pass_is_listed_where_they_are_and_in_the_docs() -> None:
+    shared = {"__init__", "told"}
+    files = [path.stem for path in Path(passes.__path__[0]).glob("*.py") if path.stem not in shared]
+    every = {name for name in files if hasattr(importlib.import_module(f"{passes.__name__}.{name}"), name)}
+    assert {"plan_graph", "insert_decode"} <= every and not {"rewrite", "inserted"} & every
+    listed = re.findall(r"`(\w+)`", (passes.__doc__ or "").partition("What passes share")[0])
+    assert sorted(listed) == sorted(every)
+    titles = re.findall(r"^## (\w+)", (DOCS / "passes.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(titles) == sorted(every)
 
 
 def test_every_family_of_the_table_is_in_the_record() -> None:

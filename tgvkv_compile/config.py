@@ -1,4 +1,4 @@
-"""The options of the backend: one frozen record, checked when it is made."""
+"""The options of eviction: one frozen record, checked when it is made, and the checks that other options share."""
 
 import dataclasses
 import difflib
@@ -54,12 +54,37 @@ class EvictionConfig:
         if not callable(self.ranking):
             check_choice("ranking", self.ranking, Ranking, otherwise="or give a function")
 
+    def for_ranking(self) -> dict[str, Any]:
+        """What a function in a graph that ranks one layer's tokens takes of it (`ops.policy.rank.rank_by_walk`)."""
+        return {"budget": self.budget, "budget_of": self.budget_of, "ranking": self.ranking}
+
     def constants(self) -> dict[str, Any]:
         """What functions in a graph make such a record of again: plain values; who needs a function is handed it itself."""
-        plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "ranking"}
+        plain = {name: getattr(self, name) for name in names_of(EvictionConfig) if name != "ranking"}
         if callable(self.budgeting):
             plain["budgeting"] = "waterfill"  # its bounds and rates are those of whatever is filled
         return plain
+
+
+def read_eviction(budget: float | int, others: Mapping[str, Any], *, where: str) -> EvictionConfig:
+    """The record of a budget and other options by name.
+
+    Args:
+        budget: See `EvictionConfig`.
+        others: Its other fields; those left out have their defaults.
+        where: Who takes them, for the message.
+
+    Raises:
+        ConfigError: An option has a value that cannot be used.
+        UnknownOptionError: There is no such option.
+    """
+    check_names(others, names_of(EvictionConfig), where=where)
+    return EvictionConfig(budget, **others)
+
+
+def names_of(record: type) -> tuple[str, ...]:
+    """The names of the fields of a record's class."""
+    return tuple(field.name for field in dataclasses.fields(record))
 
 
 def name_of(policy: str | Callable[..., Any]) -> str:

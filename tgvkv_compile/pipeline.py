@@ -1,12 +1,10 @@
-"""The ordered list of steps that turn a traced graph into a rewritten one, and the record of what they did."""
+"""Which passes a graph from dynamo goes through, by what it is, and the way there: found, planned, rewritten."""
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from tgvkv_compile.config import EvictionConfig
@@ -14,10 +12,8 @@ from tgvkv_compile.errors import ConfigError
 from tgvkv_compile.fx.dead_code import pin_effects
 from tgvkv_compile.fx.dump import Dumper
 from tgvkv_compile.fx.environment import Environment
-from tgvkv_compile.fx.meta import fake_tensor
 from tgvkv_compile.fx.targets import op_kind
 from tgvkv_compile.fx.verify import verify
-from tgvkv_compile.ops.state import CompactState, Survivors
 from tgvkv_compile.passes.extract_vision_count import extract_vision_count
 from tgvkv_compile.passes.find_appends import find_appends
 from tgvkv_compile.passes.find_attention import find_attention
@@ -34,162 +30,53 @@ from tgvkv_compile.passes.insert_rebudgeting import insert_rebudgeting
 from tgvkv_compile.passes.insert_scoring import insert_scoring
 from tgvkv_compile.passes.insert_survivors import insert_survivors
 from tgvkv_compile.passes.insert_whole_past import insert_whole_past
-from tgvkv_compile.passes.inserted import Budgets, Candidates, LayerCandidates, Scores
 from tgvkv_compile.passes.materialise_masks import materialise_masks
 from tgvkv_compile.passes.normalise_attention import normalise_attention
 from tgvkv_compile.passes.plan_graph import plan_graph
 from tgvkv_compile.passes.read_merges import read_merges
+from tgvkv_compile.passes.rewrite import ArenaSizes, Rewrite
 from tgvkv_compile.plan import AttentionSite, GraphKind, KVAppend, Miss, ModalityMask, Plan, TensorParallel
+from tgvkv_compile.runner import Step, in_order, run_steps
 
-
-@dataclasses.dataclass
-class Rewrite:
-    """One graph on its way through the steps.
-
-    Attributes:
-        gm: The graph; a copy of what dynamo gave.
-        environment: The shape environment its metadata lives in.
-        plan: What is being done.
-        reserve: Decode steps that freshly packed segments leave room for.
-        slots_hint: Gives T of the example call.
-        arena_slots: What it gave, for the steps that size an arena.
-        vision_count: Counts each sample's vision tokens, `[B]`, from the graph's inputs (`budget_of="vision"` only).
-        prefill_cap: How many candidates a layer may have, as a multiple of the mean budget; None: all its tokens.
-        scores, budgets, candidates, capped: What inserters left for those after them.
-    """
-
-    gm: GraphModule
-    environment: Environment
-    plan: Plan
-    config: EvictionConfig
-    reserve: int
-    slots_hint: Callable[["Rewrite"], int]
-    prefill_cap: float | None = None
-    arena_slots: int = 0
-    vision_count: GraphModule | None = None
-    scores: Scores | None = None
-    budgets: Budgets | None = None
-    candidates: Candidates | None = None
-    capped: tuple[LayerCandidates, ...] | None = None
-
-    def pending(self) -> frozenset[Node]:
-        """Inserted nodes that no node may use yet."""
-        scores, budgets = self.scores, self.budgets
-        nodes = [node for site in self.plan.sites for node in (site.lse, site.mask) if node is not None]
-        nodes += [scores.roles, *scores.mass, *scores.score, *scores.tier] if scores is not None else []
-        nodes += [budgets.allocation] if budgets is not None else []
-        nodes += [node for layer in self.capped or () for node in vars(layer).values()]
-        if self.candidates is not None:
-            nodes += [*self.candidates.roles, self.candidates.history, self.candidates.keep_rate]
-        return frozenset(nodes)
-
-
-def _materialise(rewrite: Rewrite) -> None:
-    rewrite.plan = materialise_masks(rewrite.gm, rewrite.plan)
-
-
-def _count_vision(rewrite: Rewrite) -> None:
-    if rewrite.config.budget_of == "vision":
-        rewrite.vision_count = extract_vision_count(rewrite.gm, rewrite.plan, rewrite.config)
-
-
-def _normalise(rewrite: Rewrite) -> None:
-    rewrite.plan = normalise_attention(rewrite.gm, rewrite.plan)
-
-
-def _score(rewrite: Rewrite) -> None:
-    rewrite.scores = insert_scoring(rewrite.gm, rewrite.plan, rewrite.config)
-
-
-def _budget(rewrite: Rewrite) -> None:
-    assert rewrite.scores is not None
-    rewrite.budgets = insert_budgeting(rewrite.gm, rewrite.plan, rewrite.scores, rewrite.config)
-
-
-def _cap(rewrite: Rewrite) -> None:
-    if rewrite.prefill_cap is not None:
-        assert rewrite.scores is not None
-        scores, config, cap = rewrite.scores, rewrite.config, rewrite.prefill_cap
-        rewrite.capped = insert_capping(rewrite.gm, rewrite.plan, scores, config, cap)
-
-
-def _evict(rewrite: Rewrite) -> None:
-    assert rewrite.scores is not None and rewrite.budgets is not None
-    slots = rewrite.environment.symbol("tgvkv_slots", rewrite.arena_slots)
-    decided = (rewrite.plan, rewrite.scores, rewrite.budgets, rewrite.config)
-    insert_eviction(rewrite.gm, *decided, rewrite.reserve, slots, rewrite.capped)
-
-
-def _decode(rewrite: Rewrite) -> None:
-    insert_decode(rewrite.gm, rewrite.plan, rewrite.config, fake_state(rewrite))
-
-
-def _continue(rewrite: Rewrite) -> None:
-    insert_continuation(rewrite.gm, rewrite.plan, fake_state(rewrite))
-
-
-def _survive(rewrite: Rewrite) -> None:
-    rewrite.plan, rewrite.candidates = insert_survivors(rewrite.gm, rewrite.plan, *_fake_survivors(rewrite))
-
-
-def _survive_whole(rewrite: Rewrite) -> None:
-    rewrite.plan, rewrite.candidates = insert_whole_past(rewrite.gm, rewrite.plan)
-
-
-def _rebudget(rewrite: Rewrite) -> None:
-    assert rewrite.candidates is not None
-    insert_rebudgeting(rewrite.gm, rewrite.plan, rewrite.candidates, rewrite.config)
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """One inserter: its name (for `stop_after` and dumps), the kinds of graph it is for, and what it does.
-
-    `requires` names steps that ran before; `sizes_arena` says that it needs `Rewrite.arena_slots`.
-    """
-
-    name: str
-    kinds: frozenset[GraphKind]
-    run: Callable[[Rewrite], None]
-    requires: tuple[str, ...] = ()
-    sizes_arena: bool = False
-
-
-STEPS: tuple[Step, ...] = (
-    Step("materialise_masks", frozenset({"prefill", "continuation", "vision_continuation", "late_prefill"}), _materialise),
-    Step("extract_vision_count", frozenset({"prefill"}), _count_vision, requires=("materialise_masks",)),
-    Step("insert_survivors", frozenset({"vision_continuation"}), _survive, requires=("materialise_masks",), sizes_arena=True),
-    Step("insert_whole_past", frozenset({"late_prefill"}), _survive_whole, requires=("materialise_masks",)),
-    Step("normalise_attention", frozenset({"prefill", "vision_continuation", "late_prefill"}), _normalise),
-    Step("insert_scoring", frozenset({"prefill"}), _score, requires=("normalise_attention",)),
-    Step("insert_capping", frozenset({"prefill"}), _cap, requires=("insert_scoring",)),
-    Step("insert_budgeting", frozenset({"prefill"}), _budget, requires=("insert_scoring",)),
-    Step("insert_eviction", frozenset({"prefill"}), _evict, requires=("insert_budgeting",), sizes_arena=True),
-    Step("insert_decode", frozenset({"decode"}), _decode, sizes_arena=True),
-    Step("insert_continuation", frozenset({"continuation"}), _continue, requires=("materialise_masks",), sizes_arena=True),
-    Step(
-        "insert_rebudgeting",
-        frozenset({"vision_continuation", "late_prefill"}),
-        _rebudget,
-        requires=("insert_survivors", "normalise_attention"),
+STEPS: Mapping[GraphKind, tuple[Step, ...]] = {
+    "prefill": in_order(
+        Step(materialise_masks),
+        Step(normalise_attention, requires=(materialise_masks,)),
+        Step(insert_scoring, requires=(normalise_attention,)),
+        Step(insert_capping, requires=(insert_scoring,)),
+        Step(insert_budgeting, requires=(insert_scoring,)),
+        Step(insert_eviction, requires=(insert_budgeting, insert_capping)),
     ),
+    "decode": in_order(Step(insert_decode)),
+    "continuation": in_order(
+        Step(materialise_masks),
+        Step(insert_continuation, requires=(materialise_masks,)),
+    ),
+    "vision_continuation": in_order(
+        Step(materialise_masks),
+        Step(insert_survivors, requires=(materialise_masks,)),
+        Step(normalise_attention, requires=(insert_survivors,)),
+        Step(insert_rebudgeting, requires=(insert_survivors, normalise_attention)),
+    ),
+    "late_prefill": in_order(
+        Step(materialise_masks),
+        Step(insert_whole_past, requires=(materialise_masks,)),
+        Step(normalise_attention, requires=(insert_whole_past,)),
+        Step(insert_rebudgeting, requires=(insert_whole_past, normalise_attention)),
+    ),
+}
+"""What is done to each kind of graph, in order."""
+
+COUNT_STEPS = in_order(
+    Step(materialise_masks),
+    Step(extract_vision_count, requires=(materialise_masks,)),
 )
-
-
-def _check_order() -> None:
-    seen: set[str] = set()
-    for step in STEPS:
-        missing = [name for name in step.requires if name not in seen]
-        assert not missing, f"step {step.name} stands before {missing}"
-        seen.add(step.name)
-
-
-_check_order()
+"""What makes a copy of a prefill count its vision tokens, before the prefill itself is rewritten."""
 
 
 def check_stop_after(name: str | None) -> None:
     """Raises [`ConfigError`][] unless `name` is None or the name of a step."""
-    names = [step.name for step in STEPS]
+    names = dict.fromkeys(step.name for steps in STEPS.values() for step in steps)
     if name is not None and name not in names:
         raise ConfigError(f"stop_after={name!r} is not a pass; choose one of {', '.join(names)}")
 
@@ -252,10 +139,8 @@ def rewrite_graph(
     inputs: list[Any],
     compressed: frozenset[str],
     config: EvictionConfig,
+    sizes: ArenaSizes,
     *,
-    reserve: int,
-    slots_hint: Callable[[Rewrite], int],
-    prefill_cap: float | None = None,
     stop_after: str | None = None,
     dumper: Dumper | None = None,
 ) -> Rewrite:
@@ -266,36 +151,46 @@ def rewrite_graph(
         inputs: Its example inputs.
         compressed: Names of the placeholders that hold handles.
         config: The eviction options.
-        reserve: Decode steps to leave room for in fresh segments.
-        slots_hint: Gives T of this first call (of the prefill's arena to be, or of the arena that comes in).
-        prefill_cap: How many candidates a layer may have in a prefill, as a multiple of the mean budget; None: all its tokens.
-        stop_after: Name of the last step to run; the graph is then for looking at, not for running.
+        sizes: What its arena is sized by.
+        stop_after: Name of the last pass to run; the graph is then for looking at, not for running.
         dumper: Writes the graph before and after each step.
 
     Raises:
         InternalError: A step broke the graph.
     """
+    rewrite = _begin(gm, inputs, compressed, config)
+    rewrite.leave(sizes)
+    if dumper is not None:
+        dumper.graph(rewrite.gm, rewrite.plan.kind, "traced")
+    run_steps(rewrite, STEPS.get(rewrite.plan.kind, ()), dumper=dumper, stop_after=stop_after)
+    return rewrite
+
+
+def vision_counter(gm: GraphModule, inputs: list[Any], config: EvictionConfig) -> GraphModule:
+    """What tells, before a prefill runs, how many vision tokens each sample has: see `extract_vision_count`.
+
+    Args:
+        gm: The graph of a prefill, from dynamo; it is copied, not changed.
+        inputs: Its example inputs.
+        config: The eviction options.
+
+    Returns:
+        A graph of the prefill's inputs that returns int64 `[B]`.
+    """
+    rewrite = _begin(gm, inputs, frozenset(), config)
+    run_steps(rewrite, COUNT_STEPS)
+    return rewrite.gm
+
+
+def _begin(gm: GraphModule, inputs: list[Any], compressed: frozenset[str], config: EvictionConfig) -> Rewrite:
+    """A copy of a graph from dynamo, planned, in a shape environment of its own."""
     gm = copy_graph(gm)
     pin_effects(gm)
     environment = Environment()
     environment.adopt(gm, inputs)
-    rewrite = Rewrite(gm, environment, plan_of(gm, compressed), config, reserve, slots_hint, prefill_cap)
+    plan = plan_of(gm, compressed)
     verify(gm, after="adopt")
-    if dumper is not None:
-        dumper.graph(gm, rewrite.plan.kind, "traced")
-    for step in STEPS:
-        if rewrite.plan.kind not in step.kinds:
-            continue
-        if step.sizes_arena:  # outside tracing: it may run a graph on the example inputs
-            rewrite.arena_slots = slots_hint(rewrite)
-        with environment.tracing():
-            step.run(rewrite)
-        verify(gm, after=step.name, pending=rewrite.pending())
-        if dumper is not None:
-            dumper.graph(gm, rewrite.plan.kind, step.name)
-        if stop_after == step.name:
-            break
-    return rewrite
+    return Rewrite(gm, environment, plan, config)
 
 
 def with_merges_read(gm: GraphModule) -> GraphModule:
@@ -317,46 +212,3 @@ def copy_graph(gm: GraphModule) -> GraphModule:
         if hasattr(gm, name):
             setattr(other, name, getattr(gm, name))
     return other
-
-
-def fake_state(rewrite: Rewrite) -> CompactState:
-    """Fake tensors of a compact state of the rewritten graph's shapes; the arena's size is symbolic."""
-    key = fake_tensor(rewrite.plan.sites[0].key.node)
-    value = fake_tensor(rewrite.plan.sites[0].value.node)
-    batch, heads, _, dim = key.shape
-    layers, device = rewrite.plan.num_layers, key.device
-    env = rewrite.environment
-    slots = env.symbol("tgvkv_slots", rewrite.arena_slots)
-    arena = (batch, heads, slots, dim)
-    per_layer = (batch, layers)
-    return CompactState(
-        env.tensor(arena, key.dtype, device),
-        env.tensor(arena, value.dtype, device),
-        env.tensor((batch, slots), torch.int32, device),
-        env.tensor(per_layer, torch.int64, device),
-        env.tensor(per_layer, torch.int64, device),
-        env.tensor(per_layer, torch.int64, device),
-        env.tensor(per_layer, torch.int64, device),
-        env.tensor(per_layer, torch.float32, device),
-        env.tensor((batch,), torch.int64, device),
-    )
-
-
-def _fake_survivors(rewrite: Rewrite) -> tuple[tuple[Tensor, ...], list[Survivors]]:
-    """Fake inputs of a turn with new vision: what all layers share, and every layer's survivors, each of its own width."""
-    env, layers = rewrite.environment, rewrite.plan.num_layers
-    site = rewrite.plan.sites[0]
-    assert site.key.past is not None and site.value.past is not None
-    pasts = fake_tensor(site.key.past), fake_tensor(site.value.past)
-    (batch, heads, length, dim), device = pasts[0].shape, pasts[0].device
-    shared = (
-        env.tensor((batch, length), torch.bool, device),
-        env.tensor((batch,), torch.int64, device),
-        env.tensor((batch, layers), torch.float32, device),
-    )
-    survivors = []
-    for layer in range(layers):
-        width = env.symbol(f"tgvkv_width_{layer}", max(2, rewrite.arena_slots // layers))
-        key, value = (env.tensor((batch, heads, width, dim), past.dtype, device) for past in pasts)
-        survivors.append(Survivors(key, value, env.tensor((batch, width), torch.int64, device)))
-    return shared, survivors

@@ -16,7 +16,7 @@ from tgvkv_compile.runtime.logical import LogicalKV
 
 ROOT = Path(__file__).parents[2]
 PREFILL = [
-    *("traced", "materialise_masks", "extract_vision_count", "normalise_attention"),
+    *("traced", "materialise_masks", "normalise_attention"),
     *("insert_scoring", "insert_capping", "insert_budgeting", "insert_eviction"),
 ]
 
@@ -82,9 +82,8 @@ def test_a_dump_folder_gets_every_graph_in_order(tmp_path: Path) -> None:
     assert "decode_step" in texts[names[-1]] and "decode_step" not in texts[names[-2]]
 
 
-@pytest.mark.parametrize("name", [step.name for step in STEPS])
+@pytest.mark.parametrize("name", dict.fromkeys(step.name for steps in STEPS.values() for step in steps))
 def test_stop_after(name: str, tmp_path: Path) -> None:
-    kinds = next(step.kinds for step in STEPS if step.name == name)
     model = compiled(stop_after=name, dump_graphs=str(tmp_path))
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -98,5 +97,5 @@ def test_stop_after(name: str, tmp_path: Path) -> None:
     ours = [str(warning.message) for warning in told if "tgvkv" in str(warning.message)]
     assert ours == [f"tgvkv: stop_after={name!r}: graphs are rewritten for inspection, the model runs uncompressed"]
     dumped = [file.stem.split("-", 2)[1:] for file in sorted(tmp_path.iterdir())]
-    last = PREFILL.index(name) if "prefill" in kinds else len(PREFILL) - 1
+    last = PREFILL.index(name) if name in PREFILL else len(PREFILL) - 1
     assert dumped == [["prefill", step] for step in PREFILL[: last + 1]]

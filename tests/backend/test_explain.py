@@ -11,7 +11,7 @@ from tests.passes.decoder import Decoder, Layer, SlidingLayer, features, returne
 from tests.runtime.requests import compiled, handles, kept, step
 from tests.runtime.requests import prefill as toy_prefill
 from tgvkv_compile import explain
-from tgvkv_compile.backend.explain import Explanation
+from tgvkv_compile.backend.explanation import Explanation
 from tgvkv_compile.errors import ConfigError, NoAttentionError, SplitDecoderError, UnsupportedGraphError
 from tgvkv_compile.lower import lowered
 from tgvkv_compile.runtime.logical import LogicalKV

@@ -8,9 +8,10 @@ import pytest
 from PIL import Image
 
 from tests.cli.command import Done, succeeded, tgvkv
+from tgvkv_compile.backend.explanation import size
 from tgvkv_compile.cli.accuracy import make_batches, right_after_first
 from tgvkv_compile.cli.picture import Scene, draw_scene
-from tgvkv_compile.cli.report import budget_label, size
+from tgvkv_compile.cli.report import budget_label
 from tgvkv_compile.digits import held_out_questions, load_processor
 
 QUESTIONS = 6

@@ -17,6 +17,7 @@ from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.errors import ConfigError, UnsupportedGraphError
 from tgvkv_compile.export import BudgetPlan, Programs, export_onnx, export_program
 from tgvkv_compile.export.lengths import question_lengths
+from tgvkv_compile.export.rewritten import STEPS
 from tgvkv_compile.ops.fixed_prefill import block_count
 from tgvkv_compile.ops.merging import add_features, merge_features
 
@@ -25,8 +26,14 @@ SAMPLE = make_inputs([(5, 9)])
 
 
 @pytest.fixture(scope="module")
-def programs() -> Programs:
-    return export_program(make_model(SHAPE), SAMPLE, 0.3, 6, max_prompt=64)
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the graphs of `programs` are dumped."""
+    return tmp_path_factory.mktemp("graphs")
+
+
+@pytest.fixture(scope="module")
+def programs(graphs: Path) -> Programs:
+    return export_program(make_model(SHAPE), SAMPLE, 0.3, 6, max_prompt=64, dump_graphs=str(graphs))
 
 
 def test_they_unpack_into_prefill_and_decode(programs: Programs) -> None:
@@ -41,6 +48,14 @@ def test_they_unpack_into_prefill_and_decode(programs: Programs) -> None:
     assert [spec.name for spec in programs.manifest.decode.inputs] == ["token", "position", *state]
     assert [tuple(value.shape) for value in step] == [spec.shape for spec in programs.manifest.decode.outputs]
     assert int(step[-1]) == int(state["lengths"]) + 1
+
+
+def test_graphs_are_dumped_after_each_pass(programs: Programs, graphs: Path) -> None:
+    passes = {kind: ["traced", *(step.name for step in steps)] for kind, steps in STEPS.items()}
+    expected = [(kind, name) for kind in ("prefill", "decode") for name in passes[kind]]
+    assert sorted(file.stem for file in graphs.iterdir()) == [
+        f"{i:03d}-{kind}-{name}" for i, (kind, name) in enumerate(expected)
+    ]
 
 
 def test_prompts_of_other_lengths(programs: Programs) -> None:

@@ -8,10 +8,11 @@ from torch import Tensor
 from tests.kernels.cases import StepCase
 from tests.ops.prompts import Layer
 from tgvkv_compile.ops import decode_step as op
+from tgvkv_compile.ops.attention_rows import AttentionRows
 from tgvkv_compile.ops.policy.rank import rank_by_walk, scores_from_attention
 from tgvkv_compile.ops.roles import Roles
 from tgvkv_compile.ops.state import CompactState
-from tgvkv_compile.ops.weighing import AttentionRows, Weighed
+from tgvkv_compile.ops.weighing import Weighed, plain_weigh
 
 NOISE = 1e-5
 """Relative difference of attentions below which float32 may order them either way."""
@@ -57,7 +58,11 @@ def scores(weigh: Any, rows: AttentionRows, roles: Roles) -> tuple[Tensor, Tenso
     """Mass and scores by one implementation of the op."""
 
     def walk(asked: Any) -> list[Weighed]:
-        return [Weighed(*weigh(weights.unsqueeze(1), wanted, *rows)) for weights, wanted in asked]
+        return [Weighed(*weigh(weights.unsqueeze(1), wanted, rows)) for weights, wanted in asked]
 
     ranks = rank_by_walk(rows.k, roles, rows.q.shape[2], walk)
     return ranks.mass, ranks.score
+
+
+def unfused_weigh(weights: Tensor, wanted: Tensor | None, rows: AttentionRows) -> tuple[Tensor, Tensor]:
+    return plain_weigh(weights, wanted, *rows)

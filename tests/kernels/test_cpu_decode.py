@@ -143,12 +143,10 @@ def test_a_step_of_another_dtype_than_the_cache_goes_the_plain_way() -> None:
 
 
 def test_without_a_compiler_it_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    from torch._inductor.codecache import CppCodeCache
-
     def fail(*_: object) -> None:
         raise RuntimeError("no g++")
 
-    monkeypatch.setattr(CppCodeCache, "load", fail)
+    monkeypatch.setattr(library, "load_cpp", fail)
     case = random_step(batch=1, kv_heads=1, group=1, dim=64, longest=20)
     library.library.cache_clear()
     try:

@@ -1,7 +1,5 @@
 """The C++ kernel of weighted sums of attention rows against the plain function and against float64."""
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,27 +7,26 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.kernels.bounds import check_bounded
-from tests.kernels.comparing import exact_scores, scores
+from tests.kernels.comparing import exact_scores, scores, unfused_weigh
 from tests.ops.prompts import Layer, make_layer, vision_at
 from tgvkv_compile.ops import weighing
+from tgvkv_compile.ops.attention_rows import AttentionRows
 from tgvkv_compile.ops.kernels.cpu import weigh as cpu_weigh
-from tgvkv_compile.ops.weighing import AttentionRows, plain_weigh
 
 DTYPES = [torch.float32, torch.bfloat16]
 MASKS = ["none", "bool", "prefix", "both"]
 
 
-def by_kernel(weights: Tensor, wanted: Tensor | None, *attention: Any) -> tuple[Tensor, Tensor]:
-    rows = AttentionRows(*attention)
-    kernel = cpu_weigh.kernel_for(weights, rows.q, rows.k, rows.attn_mask, rows.lse)
-    assert kernel is not None and rows.lse is not None
-    return cpu_weigh.weigh_by(kernel, weights, wanted, *rows[:6], rows.lse)
+def by_kernel(weights: Tensor, wanted: Tensor | None, rows: AttentionRows) -> tuple[Tensor, Tensor]:
+    kernel = cpu_weigh.kernel_for(weights, rows)
+    assert kernel is not None
+    return cpu_weigh.weigh_by(kernel, weights, wanted, rows)
 
 
 def check(layer: Layer) -> None:
     lse, mass, score, largest = exact_scores(layer)
     rows = layer.rows(lse.float())
-    plain, fused = (scores(weigh, rows, layer.roles) for weigh in (plain_weigh, by_kernel))
+    plain, fused = (scores(weigh, rows, layer.roles) for weigh in (unfused_weigh, by_kernel))
     check_bounded(fused[0], plain[0], mass, largest_logit=largest)
     check_bounded(fused[1], plain[1], score, largest_logit=largest)
     assert bool((fused[1][~layer.roles.valid] == 0).all())
@@ -86,7 +83,7 @@ def test_any_weights_and_columns(layer: Layer, data: st.DataObject) -> None:
     weights = torch.rand(valid.shape, generator=generator) * (torch.rand(valid.shape, generator=generator) < 0.3) * valid
     wanted = data.draw(st.sampled_from([None, valid & (torch.rand(valid.shape, generator=generator) < 0.2)]))
     rows = layer.rows(lse)
-    found, plain = (weigh(weights.unsqueeze(1), wanted, *rows) for weigh in (by_kernel, plain_weigh))
+    found, plain = (weigh(weights.unsqueeze(1), wanted, rows) for weigh in (by_kernel, unfused_weigh))
     for one, other in zip(found, plain, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
@@ -102,7 +99,7 @@ def test_rows_of_a_later_turn() -> None:
     logits = (q @ k.repeat_interleave(2, 1).transpose(2, 3) * 0.25).masked_fill(~seen, float("-inf"))
     rows = AttentionRows(q, k, valid, seen, False, 0.25, logits.logsumexp(-1))
     weights = torch.rand(2, 1, 5, generator=generator)
-    for one, other in zip(by_kernel(weights, None, *rows), plain_weigh(weights, None, *rows), strict=True):
+    for one, other in zip(by_kernel(weights, None, rows), unfused_weigh(weights, None, rows), strict=True):
         torch.testing.assert_close(one, other)
 
 
@@ -122,5 +119,5 @@ def test_other_masks_go_the_plain_way(mask: str, monkeypatch: pytest.MonkeyPatch
     layer = make_layer(batch=2, heads=4, kv_heads=2, length=30, mask=mask)
     rows = layer.rows(exact_scores(layer)[0].float())
     found = weighing.weigh(layer.weights(), layer.roles.vision, rows)
-    plain = plain_weigh(layer.weights(), layer.roles.vision, *rows)
+    plain = unfused_weigh(layer.weights(), layer.roles.vision, rows)
     assert torch.equal(found.sums, plain[0]) and torch.equal(found.seen, plain[1])

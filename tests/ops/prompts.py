@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tgvkv_compile.config import EvictionConfig
+from tgvkv_compile.ops.attention_rows import AttentionRows
 from tgvkv_compile.ops.budgeting import allocate
 from tgvkv_compile.ops.policy.rank import rank_tokens, scores_from_attention
 from tgvkv_compile.ops.policy.tgv import text_first
 from tgvkv_compile.ops.probabilities import attention_probabilities
 from tgvkv_compile.ops.retention import retain
 from tgvkv_compile.ops.roles import Roles, token_roles, vision_count
-from tgvkv_compile.ops.weighing import AttentionRows
 
 DATA = Path(__file__).parents[1] / "data"
 

@@ -14,7 +14,8 @@ from torch.fx import GraphModule, Interpreter, Node
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.fx.meta import fake_value
 from tgvkv_compile.fx.targets import target_name
-from tgvkv_compile.pipeline import Rewrite, rewrite_graph
+from tgvkv_compile.passes.rewrite import ArenaSizes, Rewrite
+from tgvkv_compile.pipeline import rewrite_graph
 
 IMAGE = 9
 VOCABULARY = 10
@@ -233,9 +234,7 @@ def rewritten(
         inputs,
         compressed,
         config or EvictionConfig(budget=0.4),
-        reserve=4,
-        slots_hint=lambda rewrite: SLOTS,
-        prefill_cap=prefill_cap,
+        ArenaSizes(SLOTS, 4, prefill_cap),
         stop_after=stop_after,
     )
 

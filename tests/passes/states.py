@@ -22,13 +22,13 @@ def full_state(
         key[:, :, at], value[:, :, at] = k, v
         position[:, at] = torch.arange(length, dtype=torch.int32)
     return CompactState(
-        key,
-        value,
-        position,
-        start,
-        torch.full((batch, layers), length),
-        start + length,
-        torch.full((batch, layers), length - 1 if protect_from is None else protect_from),
-        torch.full((batch, layers), rate),
-        torch.full((batch,), length),
+        key_arena=key,
+        value_arena=value,
+        slot_position=position,
+        segment_start=start,
+        segment_len=torch.full((batch, layers), length),
+        next_slot=start + length,
+        protect_from=torch.full((batch, layers), length - 1 if protect_from is None else protect_from),
+        keep_rate=torch.full((batch, layers), rate),
+        lengths=torch.full((batch,), length),
     )

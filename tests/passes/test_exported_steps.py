@@ -12,14 +12,12 @@ from tests.families.table import FAMILIES
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.export.budget_plan import BudgetPlan
 from tgvkv_compile.export.families import engine_inputs, family_of
-from tgvkv_compile.export.rewritten import STEPS, Rewrite, _adopted
+from tgvkv_compile.export.rewritten import rewrite_prefill
 from tgvkv_compile.export.traced import traced_prefill
-from tgvkv_compile.fx.environment import Environment
+from tgvkv_compile.fx.dump import Dumper
 from tgvkv_compile.fx.targets import target_name
-from tgvkv_compile.fx.verify import verify
 from tgvkv_compile.passes.drop_assertions import drop_assertions
 from tgvkv_compile.passes.find_additions import find_additions
-from tgvkv_compile.pipeline import plan_of
 
 PLAN = BudgetPlan((40, 40), 60, 4, EvictionConfig(0.4))
 
@@ -68,14 +66,14 @@ def test_one_step_after_the_other(traced: tuple[GraphModule, tuple[Any, ...]]) -
     gm, inputs = traced
     with torch.no_grad():
         before = gm(*inputs)
-    environment: Environment = _adopted(gm, inputs)
-    rewrite = Rewrite(gm, plan_of(gm, frozenset()), PLAN, blocks=1, question_rows=20)
-    seen: dict[str, Counter[str]] = {"traced": kinds(gm)}
-    for name, run in STEPS["prefill"]:
-        with environment.tracing():
-            run(rewrite)
-        verify(gm, after=name, pending=rewrite.pending())
-        seen[name] = kinds(gm)
+    seen: dict[str, Counter[str]] = {}
+
+    class Counts(Dumper):
+        def graph(self, gm: GraphModule, kind: str, step: str) -> None:
+            assert kind == "prefill"
+            seen[step] = kinds(gm)
+
+    rewrite_prefill(gm, inputs, PLAN, 1, 20, Counts(None))
     assert seen["traced"]["scaled_dot_product_attention.default"] == 2 and seen["traced"]["masked_scatter.default"] == 1
     joined = [before_it["cat.default"] for before_it in (seen["traced"], seen["drop_empty_pasts"])]
     assert joined[0] - joined[1] == 4

@@ -24,7 +24,7 @@ from tests.passes.states import full_state
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.errors import InternalError
 from tgvkv_compile.fx.meta import output_nodes
-from tgvkv_compile.pipeline import Rewrite
+from tgvkv_compile.passes.rewrite import Rewrite
 from tgvkv_compile.runtime.compact import kept_positions
 
 FORMS: list[Any] = [

@@ -23,7 +23,7 @@ from tests.passes.decoder import (
 )
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.fx.meta import output_nodes
-from tgvkv_compile.ops.state import CompactState
+from tgvkv_compile.ops.state import CompactState, Prefilled, split_off
 from tgvkv_compile.runtime.compact import kept_positions
 
 FORMS: list[Any] = [
@@ -33,11 +33,6 @@ FORMS: list[Any] = [
 ]
 
 
-def packed(got: dict[str, Any]) -> CompactState:
-    names = ["out_0", "out_1", "out_2", "starts", "out_4", "out_5", "out_6", "rate", "lengths"]
-    return CompactState(*(got[f"tgvkv_{name}"] for name in names))
-
-
 @pytest.mark.parametrize(("form", "mask"), FORMS)
 @pytest.mark.parametrize("budget", [0.4, 8, 1.0])
 def test_the_arena_holds_the_kept_keys_and_values(form: Any, mask: Tensor | None, budget: float | int) -> None:
@@ -45,9 +40,9 @@ def test_the_arena_holds_the_kept_keys_and_values(form: Any, mask: Tensor | None
     before = values(gm, inputs)
     result = rewritten(gm, inputs, config=EvictionConfig(budget))
     got = values(result.gm, [*inputs, SLOTS])
-    outputs = got["output"]
-    state, valid = packed(got), outputs[-1]
-    assert (valid is None) == (mask is None)
+    outputs, told = split_off(got["output"], Prefilled)
+    outputs, state = split_off(outputs, CompactState)
+    assert (told.valid is None) == (mask is None)
     assert state.key_arena.shape == (2, 2, SLOTS, 4)
     padding = torch.tensor([3 if mask is not None else 0, 0])
     for layer, site in enumerate(result.plan.sites):
@@ -108,11 +103,11 @@ def test_golden() -> None:
 %tgvkv_keep_0 : bool[1, 19] = retain(%tgvkv_score_0, %tgvkv_tier_0, %tgvkv_roles, %tgvkv_kept_0, sink_tokens=4)
 %tgvkv_evict_0 : NoneType = evict_into(%tgvkv_arena, %keys, %values, %tgvkv_keep_0, %tgvkv_positions, %tgvkv_start_0)
 %tgvkv_state : Bookkeeping = open_segments((%tgvkv_keep_0), (%tgvkv_roles), %tgvkv_starts)
-%tgvkv_out_0 : f32[1, 2, sym, 4] = getitem(%tgvkv_arena, 0)
-%tgvkv_out_1 : f32[1, 2, sym, 4] = getitem(%tgvkv_arena, 1)
-%tgvkv_out_2 : i32[1, sym] = getitem(%tgvkv_arena, 2)
-%tgvkv_out_4 : i64[1, 1] = getitem(%tgvkv_state, 0)
-%tgvkv_out_5 : i64[1, 1] = getitem(%tgvkv_state, 1)
-%tgvkv_out_6 : i64[1, 1] = getitem(%tgvkv_state, 2)
+%tgvkv_key_arena : f32[1, 2, sym, 4] = getitem(%tgvkv_arena, 0)
+%tgvkv_value_arena : f32[1, 2, sym, 4] = getitem(%tgvkv_arena, 1)
+%tgvkv_slot_position : i32[1, sym] = getitem(%tgvkv_arena, 2)
+%tgvkv_segment_len : i64[1, 1] = getitem(%tgvkv_state, 0)
+%tgvkv_next_slot : i64[1, 1] = getitem(%tgvkv_state, 1)
+%tgvkv_protect_from : i64[1, 1] = getitem(%tgvkv_state, 2)
 %tgvkv_history : bool[1, 19] = vision_history(%tgvkv_roles)""",
     )

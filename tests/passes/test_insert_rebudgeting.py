@@ -29,7 +29,7 @@ from tests.support.oracle import Oracle
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.fx.meta import output_nodes
 from tgvkv_compile.ops.probabilities import attention_probabilities
-from tgvkv_compile.ops.state import Reselected
+from tgvkv_compile.ops.state import Reselected, split_off
 
 PAST, NEW = 9, 19
 
@@ -73,7 +73,7 @@ def test_a_turn_is_the_oracles(form: Any, left: int, kv_heads: int, budget: floa
     assert result.plan.kind == "vision_continuation" and result.plan.misses == ()
     got = run_turn(gm, inputs, result, survivors_of(cache, KEPT))
     outputs = got["output"]
-    decided = Reselected(*outputs[-len(Reselected._fields) :])
+    _, decided = split_off(outputs, Reselected)
     assert decided.lengths.tolist() == [PAST + NEW - left, PAST + NEW]
     for sample in range(2):
         first = left if sample == 0 else 0
@@ -105,7 +105,7 @@ def test_a_turn_on_everything_is_the_uncompressed_turn() -> None:
     for index, node in enumerate(output_nodes(gm)):
         if "linear" in node.name:
             torch.testing.assert_close(outputs[index][:, 2:], expected[index][:, 2:])
-    decided = Reselected(*outputs[-len(Reselected._fields) :])
+    _, decided = split_off(outputs, Reselected)
     assert decided.kept.tolist() == [[PAST + NEW - 2] * 2, [PAST + NEW] * 2] and decided.keep_rate.eq(1).all()
     # Survivors may come padded, sample by sample: what is not there is not seen.
     padded = survivors_of(cache, [list(range(PAST))] * 2)
@@ -115,7 +115,7 @@ def test_a_turn_on_everything_is_the_uncompressed_turn() -> None:
         positions = padded[5 + 3 * layer]
         padded[5 + 3 * layer] = torch.cat([positions, torch.full_like(positions[:, :3], -1)], dim=1)
     again = run_turn(gm, inputs, result, padded)["output"]
-    for old, new in zip(outputs[-6:], again[-6:], strict=True):
+    for old, new in zip(decided, split_off(again, Reselected)[1], strict=True):
         torch.testing.assert_close(new, old)
 
 
@@ -169,7 +169,7 @@ def test_golden() -> None:
 %tgvkv_mask_0 : bool[2, 1, 19, sym] = candidate_mask(%l_mask_, %tgvkv_positions_0, %tgvkv_vision)
 %tgvkv_keys_0 : f32[2, 2, sym, 4] = join_candidates(%tgvkv_key_0, %k)
 %tgvkv_values_0 : f32[2, 2, sym, 4] = join_candidates(%tgvkv_value_0, %v)
-%tgvkv_attention_0 : tuple = scaled_dot_product_attention_with_lse(%q, %tgvkv_keys_0, %tgvkv_values_0, %tgvkv_mask_0, False, 0.5)
+%tgvkv_attention_0 : AttentionWithLse = scaled_dot_product_attention_with_lse(%q, %tgvkv_keys_0, %tgvkv_values_0, %tgvkv_mask_0, False, 0.5)
 %tgvkv_output_0 : f32[2, 4, 19, 4] = getitem(%tgvkv_attention_0, 0)
 %tgvkv_lse_0 : f32[2, 4, 19] = getitem(%tgvkv_attention_0, 1)
 %tgvkv_ranks_0 : TokenRanks = rank_tokens(%q, %tgvkv_keys_0, %tgvkv_roles_0, %tgvkv_mask_0, False, 0.5, %tgvkv_lse_0, budget=0.4, budget_of='all', ranking='twr')

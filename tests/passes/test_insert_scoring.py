@@ -27,6 +27,7 @@ from tests.passes.decoder import (
 from tgvkv_compile.ops.policy.rank import scores_from_attention
 from tgvkv_compile.ops.probabilities import attention_probabilities
 from tgvkv_compile.ops.roles import token_roles
+from tgvkv_compile.passes.inserted import Scores
 
 FORMS: list[Any] = [
     pytest.param(flag, None, id="flag"),
@@ -41,7 +42,7 @@ FORMS: list[Any] = [
 def test_scores_are_those_of_the_attention(form: Any, mask: Tensor | None, kv_heads: int) -> None:
     gm, inputs = capture(Decoder(form, kv_heads=kv_heads), tokens(2), features(2), None, mask)
     result = rewritten(gm, inputs, "insert_scoring")
-    assert result.scores is not None and len(result.scores.mass) == len(result.scores.score) == 2
+    assert len(result.get(Scores).mass) == len(result.get(Scores).score) == 2
     got = values(result.gm, inputs)
     hidden = 0 if mask is None else 3 if not bool((mask[0, 0, -1] == mask[0, 0, -1, -1])[0]) else 0
     visible = causal(2, 19, left=hidden)
@@ -78,7 +79,7 @@ def test_golden() -> None:
 %tgvkv_vision : bool[1, 19] = vision_positions((%unsqueeze))
 %tgvkv_valid : bool[1, 19] = valid_columns(%l_mask_, %q)
 %tgvkv_roles : Roles = token_roles(%tgvkv_vision, %tgvkv_valid)
-%tgvkv_attention_0 : tuple = scaled_dot_product_attention_with_lse(%q, %keys, %values, %l_mask_, False, 0.5)
+%tgvkv_attention_0 : AttentionWithLse = scaled_dot_product_attention_with_lse(%q, %keys, %values, %l_mask_, False, 0.5)
 %tgvkv_output_0 : f32[1, 4, 19, 4] = getitem(%tgvkv_attention_0, 0)
 %tgvkv_lse_0 : f32[1, 4, 19] = getitem(%tgvkv_attention_0, 1)
 %tgvkv_ranks_0 : TokenRanks = rank_tokens(%q, %keys, %tgvkv_roles, %l_mask_, False, 0.5, %tgvkv_lse_0, budget=0.4, budget_of='all', ranking='twr')

@@ -21,7 +21,7 @@ from tests.passes.decoder import (
     written_out,
 )
 from tgvkv_compile.config import EvictionConfig
-from tgvkv_compile.ops.state import Reselected
+from tgvkv_compile.ops.state import Reselected, split_off
 from tgvkv_compile.ops.turns import whole_past
 from tgvkv_compile.pipeline import plan_of
 
@@ -56,7 +56,7 @@ def test_it_is_a_turn_on_survivors_that_are_everything(form: Any, left: int, opt
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
-    decided = Reselected(*found[-len(Reselected._fields) :])
+    _, decided = split_off(found, Reselected)
     assert decided.lengths.tolist() == [PAST + NEW - left, PAST + NEW]
     if options["budget"] == 1.0:
         assert decided.kept.tolist() == [[PAST + NEW - left] * 2, [PAST + NEW] * 2]

@@ -8,9 +8,12 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from tests.passes.decoder import Decoder, Layer, calls, capture, causal, features, flag, full_cache, masked, rewritten, tokens
 from tests.passes.decoder import values as values_of
+from tgvkv_compile.config import EvictionConfig
+from tgvkv_compile.fx.environment import Environment
 from tgvkv_compile.passes.find_appends import find_appends
 from tgvkv_compile.passes.find_attention import find_attention
 from tgvkv_compile.passes.materialise_masks import materialise_masks
+from tgvkv_compile.passes.rewrite import Rewrite
 from tgvkv_compile.pipeline import plan_of
 
 
@@ -54,7 +57,8 @@ def test_layers_share_a_causal_mask() -> None:
     mask = made.sites[0].mask
     assert mask is not None and mask.meta["example_value"].shape == (1, 1, 19, 19)
     assert torch.equal(values_of(gm, inputs)[mask.name], causal(1, 19))
-    assert materialise_masks(gm, made) == made and mask_calls(gm) == 1
+    materialise_masks(done)
+    assert done.plan == made and mask_calls(gm) == 1
 
 
 def test_a_mask_with_padding_has_a_row_per_sample() -> None:
@@ -83,7 +87,9 @@ def test_a_prefill_keeps_no_flex_attention() -> None:
 def test_other_forms_are_left_alone() -> None:
     gm, _ = capture(Decoder(flag), tokens(), features())
     before, plan = gm.code, plan_of(gm, frozenset())
-    assert materialise_masks(gm, plan) == plan
+    rewrite = Rewrite(gm, Environment(), plan, EvictionConfig())
+    materialise_masks(rewrite)
+    assert rewrite.plan == plan
     gm.recompile()
     assert gm.code == before
 

@@ -85,7 +85,7 @@ def test_golden(form: Any) -> None:
     assert_expected_inline(
         render(rewritten(gm, inputs, "normalise_attention").gm),
         """\
-%tgvkv_attention_0 : tuple = scaled_dot_product_attention_with_lse(%q, %keys, %values, %l_mask_, False, 0.5)
+%tgvkv_attention_0 : AttentionWithLse = scaled_dot_product_attention_with_lse(%q, %keys, %values, %l_mask_, False, 0.5)
 %tgvkv_output_0 : f32[1, 4, 19, 4] = getitem(%tgvkv_attention_0, 0)
 %tgvkv_lse_0 : f32[1, 4, 19] = getitem(%tgvkv_attention_0, 1)""",
     )

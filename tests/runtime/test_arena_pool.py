@@ -13,6 +13,9 @@ from tgvkv_compile.runtime import arena_pool
 from tgvkv_compile.runtime.arena_pool import ArenaPool
 from tgvkv_compile.runtime.compact import CompactCache, kept_positions
 
+# What goes wrong where an arena is given back, in a finaliser, is otherwise only a warning.
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+
 
 @pytest.fixture(scope="module")
 def model() -> Decoder:

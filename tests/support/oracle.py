@@ -5,7 +5,6 @@ It is made of the functions that the compiled graphs are made of, but follows th
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -165,9 +164,7 @@ class Oracle:
         """Of `attention [R, S]` and `visible [R, S]`."""
         walk = materialised(attention.unsqueeze(0), visible.unsqueeze(0))
         no_keys = attention.new_empty((1, 0, attention.shape[1], 0))
-        config = self.config
-        options: dict[str, Any] = {"ranking": config.ranking, "budget": config.budget, "budget_of": config.budget_of}
-        return rank_by_walk(no_keys, roles, attention.shape[0], walk, layer=layer, **options)
+        return rank_by_walk(no_keys, roles, attention.shape[0], walk, layer=layer, **self.config.for_ranking())
 
     def crop(self, length: int) -> None:
         """Takes the tokens at positions `length` (at least 1) and later back; what was evicted meanwhile stays evicted.

@@ -7,110 +7,40 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from torch import SymInt, Tensor
 from torch.fx import GraphModule
 
 from tgvkv_compile.backend import dynamo
+from tgvkv_compile.backend.analysis import Analysis, analyse
+from tgvkv_compile.backend.arena_sizes import counter_of, fewest_vision, slots_of_example
 from tgvkv_compile.backend.cut import Cut
-from tgvkv_compile.backend.options import GROWTH_RESERVE, BackendOptions, misplaced, read_options
-from tgvkv_compile.backend.programs import CachedProgram, PrefillProgram, Refusal, fewest_vision, key_weight
-from tgvkv_compile.backend.remedies import break_text, packed_layer, unseen_text
+from tgvkv_compile.backend.options import BackendOptions, misplaced, read_options, takes
+from tgvkv_compile.backend.programs import CachedProgram, PrefillProgram, Refusal, key_weight
 from tgvkv_compile.backend.versions import warn_of_untried
 from tgvkv_compile.backend.vision_turn import LatePrefillProgram, VisionContinuationProgram
-from tgvkv_compile.config import (
-    SINK_TOKENS,
-    Budgeting,
-    BudgetOf,
-    CompileMode,
-    DecodeMode,
-    Lowering,
-    OnUnsupported,
-    Ranking,
-)
-from tgvkv_compile.errors import NoAttentionError, SplitDecoderError, TgvkvError, UnsupportedGraphError
+from tgvkv_compile.errors import TgvkvError
 from tgvkv_compile.fx.dump import Dumper
-from tgvkv_compile.fx.meta import fake_tensor, source_line
-from tgvkv_compile.fx.subgraphs import all_nodes
-from tgvkv_compile.fx.targets import op_kind
 from tgvkv_compile.lower import lower_dense, prepare_inductor
-from tgvkv_compile.passes.plan_graph import UNSEEN
-from tgvkv_compile.pipeline import Rewrite, plan_of, rewrite_graph, with_merges_read
-from tgvkv_compile.plan import Plan, render_misses
-from tgvkv_compile.runtime.compact import arena_slots
-from tgvkv_compile.runtime.logical import LogicalKV
+from tgvkv_compile.passes.rewrite import ArenaSizes
+from tgvkv_compile.pipeline import rewrite_graph
 
 log = logging.getLogger("tgvkv_compile")
 
 
-def tgvkv_backend(
-    budget: float | int = 0.05,
-    *,
-    budget_of: BudgetOf = "all",
-    budgeting: Budgeting | Callable[..., Any] = "tvb",
-    decode: DecodeMode = "ratio",
-    sink_tokens: int = SINK_TOKENS,
-    ranking: Ranking | Callable[..., Any] = "twr",
-    lowering: Lowering = "inductor",
-    mode: CompileMode | None = None,
-    options: dict[str, Any] | None = None,
-    on_unsupported: OnUnsupported = "raise",
-    configure_dynamo: bool = True,
-    growth_reserve: int = GROWTH_RESERVE,
-    prefill_cap: float | None = None,
-    dump_graphs: str | None = None,
-    stop_after: str | None = None,
-    **unknown: object,
-) -> "TgvkvBackend":
+@takes(BackendOptions)
+def tgvkv_backend(**options: Any) -> "TgvkvBackend":
     """Makes a `torch.compile` backend that evicts KV under the guidance of the text (TGV-KV, arXiv 2606.03075).
 
     Give it to `model.compile(backend=...)` or `model.forward = torch.compile(model.forward, backend=...)`; a model whose
     `forward` is called directly may also be wrapped by `torch.compile(model, backend=...)`.
 
     Args:
-        budget: Float in (0, 1]: fraction of KV kept. Int >= 1: tokens kept per layer, on average.
-        budget_of: `"all"`: the budget is a fraction of the whole prompt; `"vision"`: of its vision tokens, all text kept.
-        budgeting: `"tvb"` (paper, as released), `"waterfill"` (clamped layers hand their surplus on), `"uniform"`,
-            `"pyramid"`, or a function (`docs/policies.md`).
-        decode: `"ratio"` (as released), `"fixed"` (one in, one out) or `"keep"` (nothing is evicted while decoding).
-        sink_tokens: How many first tokens are always kept.
-        ranking: Which tokens of a prompt stay: `"twr"` (as released), `"snapkv"`, `"h2o"`, `"streaming"`, `"knorm"`,
-            `"random"`, or a function (`docs/policies.md`).
-        lowering: `"inductor"`; `"aot_eager"` and `"eager"` are for debugging.
-        mode: Inductor's mode, as in `torch.compile(mode=...)`.
-        options: Inductor's options, as in `torch.compile(options=...)`.
-        on_unsupported: What to do with a decoder that cannot be rewritten: `"raise"`, or `"passthrough"` (run it
-            uncompressed, and say so once).
-        configure_dynamo: Set dynamo's process-wide flags that a VLM needs (see `backend.dynamo.configure`).
-        growth_reserve: Decode steps that a fresh cache has room for; it grows geometrically when they are used up.
-        prefill_cap: Bounds the memory of a prefill: at most this multiple of the mean budget is kept of each layer as soon
-            as the layer is done, so that the full KV of all layers never exists at once. Exact wherever no layer is to keep
-            more; one that is keeps its best tokens up to that. Needs `budget_of="all"`. None: no such bound.
-        dump_graphs: Folder for readable graphs before and after each pass.
-        stop_after: Name of the last pass to run. The graphs can then be looked at; the model runs uncompressed.
-        **unknown: Refused.
+        **options: The fields of `BackendOptions`, which says what each means; `budget` may be given by position.
 
     Raises:
         ConfigError: An option has a value that cannot be used.
         UnknownOptionError: There is no such option.
     """
-    given = {
-        "budget": budget,
-        "budget_of": budget_of,
-        "budgeting": budgeting,
-        "decode": decode,
-        "sink_tokens": sink_tokens,
-        "ranking": ranking,
-        "lowering": lowering,
-        "mode": mode,
-        "options": options,
-        "on_unsupported": on_unsupported,
-        "configure_dynamo": configure_dynamo,
-        "growth_reserve": growth_reserve,
-        "prefill_cap": prefill_cap,
-        "dump_graphs": dump_graphs,
-        "stop_after": stop_after,
-    }
-    return TgvkvBackend(read_options({**given, **unknown}, where="tgvkv_backend"))
+    return TgvkvBackend(read_options(options, where="tgvkv_backend"))
 
 
 class TgvkvBackend:
@@ -159,45 +89,40 @@ class TgvkvBackend:
         """
         if unknown:
             return Refusal(misplaced(unknown))
-        gm = with_merges_read(gm)
-        placeholders = gm.graph.find_nodes(op="placeholder")
-        examples = zip(placeholders, example_inputs, strict=True)
-        compressed = frozenset(node.name for node, example in examples if isinstance(example, LogicalKV))
-        plan = plan_of(gm, compressed)
+        graph = analyse(gm, example_inputs)
+        plan = graph.plan
         self.graphs[plan.kind] = self.graphs.get(plan.kind, 0) + 1
         log.info("%s graph: %s (%d attention sites)", plan.kind, plan.reason, len(plan.sites))
-        problem = problem_of(gm, plan)
-        if problem is not None:
-            return self._unsupported(problem, gm, example_inputs, bool(compressed))
+        if graph.problem is not None:
+            return self._unsupported(graph.problem, graph)
         if plan.kind == "dense":
-            return self._dense(gm, example_inputs)
+            return self._dense(graph)
         try:
-            return self._program(gm, example_inputs, plan, compressed)
+            return self._program(graph)
         except TgvkvError as error:
-            return self._unsupported(error, gm, example_inputs, bool(compressed))
+            return self._unsupported(error, graph)
 
-    def _program(self, gm: GraphModule, inputs: list[Any], plan: Plan, compressed: frozenset[str]) -> Callable[..., Any]:
-        options = self.options
+    def _program(self, graph: Analysis) -> Callable[..., Any]:
+        options, gm, plan = self.options, graph.gm, graph.plan
+        counter = counter_of(graph, options)
+        slots = slots_of_example(graph, options, fewest_vision(counter, graph.inputs))
         rewrite = functools.partial(
             rewrite_graph,
             gm,
-            # The rewrite outlives the call: tensors of it would keep this request's cache alive.
-            [None if isinstance(value, Tensor) else value for value in inputs],
-            compressed,
+            graph.sizes,
+            graph.compressed,
             options.eviction,
-            reserve=options.growth_reserve,
-            slots_hint=_Slots(inputs),
-            prefill_cap=options.prefill_cap,
+            ArenaSizes(slots, options.growth_reserve, options.prefill_cap),
             stop_after=options.stop_after,
             dumper=self._dumper,
         )
         if options.stop_after is not None:
             rewrite()
             self._tell(f"stop_after={options.stop_after!r}: graphs are rewritten for inspection, the model runs uncompressed")
-            return self._dense(gm, inputs)
+            return self._dense(graph)
         weight = key_weight(plan, gm)
         if plan.kind == "prefill":
-            return PrefillProgram(rewrite, options, id(self), weight)
+            return PrefillProgram(rewrite, options, id(self), weight, counter)
         if plan.kind == "late_prefill":
             return LatePrefillProgram(rewrite, options, id(self), weight)
         position = {node.name: index for index, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
@@ -206,86 +131,20 @@ class TgvkvBackend:
         program = VisionContinuationProgram if plan.kind == "vision_continuation" else CachedProgram
         return program(rewrite, options, id(self), weight, pasts)
 
-    def _dense(self, gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    def _dense(self, graph: Analysis) -> Callable[..., Any]:
         options = self.options
-        return lower_dense(gm, inputs, lowering=options.lowering, mode=options.mode, options=options.options)
+        return lower_dense(graph.gm, graph.inputs, lowering=options.lowering, mode=options.mode, options=options.options)
 
-    def _unsupported(self, error: TgvkvError, gm: GraphModule, inputs: list[Any], compressed: bool) -> Callable[..., Any]:
-        if compressed or self.options.on_unsupported == "raise":
+    def _unsupported(self, error: TgvkvError, graph: Analysis) -> Callable[..., Any]:
+        if graph.compressed or self.options.on_unsupported == "raise":
             return Refusal(error)
         self._tell(f"running uncompressed (on_unsupported='passthrough'): {error}")
-        return self._dense(gm, inputs)
+        return self._dense(graph)
 
     def _tell(self, message: str) -> None:
         if message not in self._told:
             self._told.add(message)
             warnings.warn(f"tgvkv: {message}", stacklevel=2)
-
-
-class _Slots:
-    """T of the example call, found once; then the example inputs can go."""
-
-    def __init__(self, inputs: list[Any]) -> None:
-        self._inputs = inputs
-        self._slots: int | None = None
-
-    def __call__(self, rewrite: Rewrite) -> int:
-        if self._slots is None:
-            self._slots = slots_of_example(rewrite, inputs=self._inputs)
-            self._inputs = []
-        return self._slots
-
-
-def slots_of_example(rewrite: Rewrite, *, inputs: list[Any]) -> int:
-    """T of the example call: of the arena that a prefill would make, or of the one behind the handles."""
-    for value in inputs:
-        if isinstance(value, LogicalKV):
-            return value.compact.state.key_arena.shape[2]
-    size = fake_tensor(rewrite.plan.sites[0].key.node).shape[2]
-    length = int(size.node.hint) if isinstance(size, SymInt) else size  # int(size) would compile for this length alone
-    return arena_slots(
-        rewrite.plan.num_layers,
-        length,
-        rewrite.reserve,
-        config=rewrite.config,
-        num_vision=fewest_vision(rewrite.vision_count, inputs),
-    )
-
-
-def problem_of(gm: GraphModule, plan: Plan) -> TgvkvError | None:
-    """Why a graph must not run as it is, or None."""
-    reason = dynamo.graph_break(gm)
-    where = break_text(reason)
-    packed = packed_layer(reason)
-    if packed is not None and _breaks_decoder(gm, plan, reason):
-        return UnsupportedGraphError(f"tgvkv: {packed}")
-    if plan.misses:
-        listed = render_misses(plan.misses)
-        what_to_do = unseen_text(gm) if plan.reason == UNSEEN else where
-        return UnsupportedGraphError(
-            f"tgvkv: {plan.reason}; {len(plan.misses)} sites cannot be rewritten:\n{listed}{what_to_do}"
-        )
-    if plan.kind == "dense":
-        attends = any(op_kind(node) in ("sdpa", "flex", "softmax") for node in all_nodes(gm))  # without a cache: not ours
-        if plan.modality is None or attends:
-            return None
-        if reason is not None:
-            return SplitDecoderError(f"dynamo split the decoder before its first attention{where}")
-        merge = plan.modality.merges[0]
-        found = f"%{merge.name} at {source_line(merge)}"
-        return NoAttentionError(
-            f"vision features are merged ({found}), but no attention was found in the graph; nothing would be evicted"
-        )
-    if reason is not None and dynamo.breaks_inside(reason, plan.sites[-1].node):
-        return SplitDecoderError(f"dynamo split the decoder after {plan.num_layers} layers{where}")
-    return None
-
-
-def _breaks_decoder(gm: GraphModule, plan: Plan, reason: Any) -> bool:
-    """Whether a graph that cannot be rewritten ends at a break inside of the decoder."""
-    missed = {miss.node for miss in plan.misses}
-    merges_only = plan.kind == "dense" and plan.modality is not None and not missed
-    return merges_only or any(dynamo.breaks_inside(reason, node) for node in gm.graph.nodes if node.name in missed)
 
 
 def _warn_if_unreached(graphs: dict[str, int]) -> None:

@@ -31,6 +31,7 @@ from tgvkv_compile.backend.sliding_windows import lay_out, settle
 from tgvkv_compile.backend.wrappers import whole_graphs
 from tgvkv_compile.errors import CacheError, ConfigError, UnsupportedGraphError
 from tgvkv_compile.ops.merged import merged
+from tgvkv_compile.private import graph_break
 from tgvkv_compile.runtime.inspect import CACHE_NAMES, compact_of
 from tgvkv_compile.runtime.tracing import (
     active_backend,
@@ -357,7 +358,7 @@ def _with_cut(forward: Callable[..., Any]) -> Callable[..., Any]:
     def before_decoder(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
             if _cuts_here():
-                torch._dynamo.graph_break(msg="tgvkv: a prompt runs uncompiled up to its decoder")
+                graph_break(msg="tgvkv: a prompt runs uncompiled up to its decoder")
             return forward(self, *args, **kwargs)
         cut = _active_cut()
         return forward(self, *args, **kwargs) if cut is None else apart(cut, self, args, kwargs)
@@ -367,7 +368,7 @@ def _with_cut(forward: Callable[..., Any]) -> Callable[..., Any]:
     return before_decoder
 
 
-@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _cuts_here() -> bool:
     """Whether the traced frame's backend asks for a cut; then the trace ends here, and eager code calls the same function."""
     return _cut_of(traced_backend()) is not None and not must_be_one_graph()

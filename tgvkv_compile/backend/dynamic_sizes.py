@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo import maybe_mark_dynamic
 
+from tgvkv_compile.private import maybe_mark_dynamic
 from tgvkv_compile.runtime.logical import LogicalKV
 
 

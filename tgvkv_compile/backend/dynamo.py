@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from tgvkv_compile.backend.chunk_loops import keep_chunk_loops
 from tgvkv_compile.backend.cut import cut_models
 from tgvkv_compile.backend.sliding_windows import hand_windows_back
-from tgvkv_compile.fx.private import keep_mutations_after_subgraphs, set_for_all_threads, symbolic_shapes_config
+from tgvkv_compile.private import dynamo_config, keep_mutations_after_subgraphs, set_for_all_threads, symbolic_shapes_config
 
 log = logging.getLogger("tgvkv_compile")
 
@@ -31,7 +31,7 @@ def flags() -> dict[str, Any]:
     - `specialize_float`: a second model with another head dim would be traced with the scale of its attention as an input.
     - `fail_on_recompile_limit_hit`: reaching the limit raises instead of running eager, silently and uncompressed.
     """
-    config = torch._dynamo.config
+    config = dynamo_config
     return {
         "capture_scalar_outputs": True,
         "capture_dynamic_output_shape_ops": True,
@@ -52,7 +52,7 @@ def symbolic_flags() -> dict[str, Any]:
 
 
 def _all_flags() -> tuple[tuple[Any, dict[str, Any]], ...]:
-    return (torch._dynamo.config, flags()), (symbolic_shapes_config, symbolic_flags())
+    return (dynamo_config, flags()), (symbolic_shapes_config, symbolic_flags())
 
 
 def configure() -> None:

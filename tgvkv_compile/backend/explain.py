@@ -2,168 +2,28 @@
 
 import contextlib
 import copy
-import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
 from tgvkv_compile.backend import dynamo
+from tgvkv_compile.backend.analysis import Analysis, analyse
 from tgvkv_compile.backend.apart import compile_apart
-from tgvkv_compile.backend.backend import problem_of, slots_of_example
+from tgvkv_compile.backend.arena_sizes import counter_of, fewest_vision, slots_of_example
 from tgvkv_compile.backend.cut import Cut
+from tgvkv_compile.backend.explanation import Capacity, Explanation, GraphReport, SiteReport
 from tgvkv_compile.backend.options import BackendOptions, read_options
-from tgvkv_compile.backend.programs import fewest_vision
 from tgvkv_compile.backend.wrappers import module_of
-from tgvkv_compile.config import EvictionConfig, name_of
-from tgvkv_compile.errors import NoAttentionError, TgvkvError
+from tgvkv_compile.errors import NoAttentionError
 from tgvkv_compile.fx.meta import fake_tensor, source_line
 from tgvkv_compile.fx.subgraphs import all_nodes
 from tgvkv_compile.fx.targets import op_kind, target_name
 from tgvkv_compile.ops.budgeting import kept_bound
-from tgvkv_compile.pipeline import find_all, plan_found, rewrite_graph, with_merges_read
-from tgvkv_compile.plan import AttentionSite, GraphKind, Miss, Plan
+from tgvkv_compile.plan import AttentionSite
 from tgvkv_compile.runtime.inspect import CACHE_NAMES
 from tgvkv_compile.runtime.logical import LogicalKV
-
-_LATER: dict[GraphKind, str] = {
-    "decode": "append one token to the compressed cache, and evict at most one entry per layer",
-    "continuation": "append a later turn to the compressed cache: all its tokens are kept, nothing is evicted",
-    "late_prefill": "compress the cache, which holds text only so far, with the new tokens, and evict while decoding",
-    "vision_continuation": "share the budget out again over what the compressed cache still holds and the new tokens",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class SiteReport:
-    """One attention over the KV cache.
-
-    Attributes:
-        layer: Its place among the sites of its graph.
-        node: Name of the graph node.
-        form: `"sdpa"`, or `"eager"` (written out: matmul, softmax, matmul).
-        heads: H.
-        kv_heads: Hkv.
-        head_dim: D.
-        source: `file:line, code` of the model source.
-    """
-
-    layer: int
-    node: str
-    form: str
-    heads: int
-    kv_heads: int
-    head_dim: int
-    source: str
-
-
-@dataclasses.dataclass(frozen=True)
-class GraphReport:
-    """One graph that dynamo made.
-
-    Attributes:
-        kind: What the backend takes it for.
-        reason: Why.
-        sites: The attention sites found.
-        missed: What looks like a site and cannot be rewritten.
-        broke_at: `file:line: why` of the graph break that ended the graph; None where it ended with its function.
-        problem: The error that the backend would raise, or None.
-        candidate: The operation most like an attention in a graph without sites, or None.
-    """
-
-    kind: GraphKind
-    reason: str
-    sites: tuple[SiteReport, ...]
-    missed: tuple[Miss, ...]
-    broke_at: str | None
-    problem: TgvkvError | None
-    candidate: str | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Capacity:
-    """How large the compressed cache of this prompt is. Bytes are of keys and values of the whole batch.
-
-    Attributes:
-        num_layers: L.
-        batch_size: B.
-        prompt_length: N, padding counted.
-        kept_tokens: At most so many entries are kept of a sample's prompt, summed over layers; how layers share them
-            depends on the picture and the question.
-        growth_reserve: Decode steps that the arena has room for before it grows.
-        arena_slots: T, slots of a sample's arena, all layers together: kept entries, growth, rounding.
-        full_bytes: The prompt's KV uncompressed.
-        compact_bytes: The arena.
-    """
-
-    num_layers: int
-    batch_size: int
-    prompt_length: int
-    kept_tokens: int
-    growth_reserve: int
-    arena_slots: int
-    full_bytes: int
-    compact_bytes: int
-
-    @property
-    def tokens_per_layer(self) -> float:
-        """The bound on what a layer keeps, on average."""
-        return self.kept_tokens / self.num_layers
-
-    @property
-    def saved_bytes(self) -> int:
-        """What compression saves; negative where the arena's reserve is larger than a short prompt's KV."""
-        return self.full_bytes - self.compact_bytes
-
-
-@dataclasses.dataclass(frozen=True)
-class Explanation:
-    """What the backend would do; `str()` of it is a readable report.
-
-    Attributes:
-        model: Name of the model's class.
-        eviction: The eviction options.
-        graphs: In the order in which dynamo made them.
-        capacity: Of the compressed cache; None where nothing is compressed.
-    """
-
-    model: str
-    eviction: EvictionConfig
-    graphs: tuple[GraphReport, ...]
-    capacity: Capacity | None
-
-    @property
-    def problems(self) -> tuple[TgvkvError, ...]:
-        """The errors that the backend would raise."""
-        return tuple(graph.problem for graph in self.graphs if graph.problem is not None)
-
-    @property
-    def plan(self) -> str:
-        """What would happen, in one sentence."""
-        if self.problems:
-            return "the decoder cannot be rewritten; the backend would raise " + type(self.problems[0]).__name__
-        if self.capacity is not None:
-            return f"compress the KV of {self.capacity.num_layers} layers when the prompt is read, and evict while decoding"
-        later = [_LATER[graph.kind] for graph in self.graphs if graph.kind in _LATER]
-        if later:
-            return later[0]
-        return "the prompt is text-only (no vision features are merged): it would run dense, nothing is evicted"
-
-    def __str__(self) -> str:
-        config = self.eviction
-        lines = [
-            f"{self.model}, budget={config.budget} of {config.budget_of}, ranking={name_of(config.ranking)}, "
-            f"budgeting={name_of(config.budgeting)}, decode={config.decode}"
-        ]
-        described = [_graph_lines(graph) for graph in self.graphs]
-        for first, last in _runs(described):
-            number = f"graph {first}" if first == last else f"graphs {first} to {last}"
-            lines += [f"{number}: {described[first][0]}", *described[first][1:]]
-        lines.append(f"plan: {self.plan}")
-        if self.capacity is not None:
-            lines += _capacity_lines(self.capacity)
-        return "\n".join(lines)
 
 
 def explain(model: torch.nn.Module, inputs: Mapping[str, Any], budget: float | int = 0.05, **options: Any) -> Explanation:
@@ -207,25 +67,21 @@ class _Finder:
         self.cut = Cut(self, strict=options.on_unsupported == "raise")
 
     def __call__(self, gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        gm = with_merges_read(gm)
-        found = find_all(gm)
-        placeholders = zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)
-        plan = plan_found(found, frozenset(node.name for node, value in placeholders if isinstance(value, LogicalKV)))
-        problem = problem_of(gm, plan)
-        reason = dynamo.graph_break(gm)
+        graph = analyse(gm, inputs)
+        found, plan = graph.found, graph.plan
         report = GraphReport(
             plan.kind,
             plan.reason,
             tuple(_site_report(layer, site) for layer, site in enumerate(found.sites)),
             plan.misses or found.misses,
-            None if reason is None else dynamo.break_place(reason),
-            problem,
-            None if found.sites else _candidate(gm),
+            None if graph.broke is None else dynamo.break_place(graph.broke),
+            graph.problem,
+            None if found.sites else _candidate(graph.gm),
         )
         self.graphs.append(report)
-        if plan.kind == "prefill" and problem is None:
-            self.capacity = _capacity(gm, inputs, plan, self.options)
-        return _run_readable(gm)
+        if plan.kind == "prefill" and graph.problem is None:
+            self.capacity = _capacity(graph, self.options)
+        return _run_readable(graph.gm)
 
 
 def _run_readable(gm: GraphModule) -> Callable[..., Any]:
@@ -263,22 +119,14 @@ def _describe(node: Node) -> str:
     return f"%{node.name} = {target_name(node)} at {source_line(node).partition(', ')[0]}"
 
 
-def _capacity(gm: GraphModule, inputs: list[Any], plan: Plan, options: BackendOptions) -> Capacity:
-    rewrite = rewrite_graph(
-        gm,
-        inputs,
-        frozenset(),
-        options.eviction,
-        reserve=options.growth_reserve,
-        slots_hint=lambda rewrite: 0,
-        stop_after="extract_vision_count",
-    )
-    slots = slots_of_example(rewrite, inputs=inputs)
+def _capacity(graph: Analysis, options: BackendOptions) -> Capacity:
+    plan = graph.plan
+    vision = fewest_vision(counter_of(graph, options), graph.inputs)
+    slots = slots_of_example(graph, options, vision)
     key, value = fake_tensor(plan.sites[0].key.node), fake_tensor(plan.sites[0].value.node)
     batch, heads, length, dim = (int(size) for size in key.shape)
     entry = heads * dim * (key.element_size() + value.element_size())
     layers = plan.num_layers
-    vision = fewest_vision(rewrite.vision_count, inputs)
     return Capacity(
         num_layers=layers,
         batch_size=batch,
@@ -300,61 +148,3 @@ def _nothing_found(model: str, graphs: Iterable[GraphReport]) -> str:
         "cat([past, new]) which the graph returns: call the model with use_cache=True and a DynamicCache (or no cache), "
         "check with TORCH_LOGS=graph_breaks that dynamo compiles its decoder, and give the model itself, not a wrapper"
     )
-
-
-def _graph_lines(graph: GraphReport) -> list[str]:
-    lines = [f"{graph.kind}, {graph.reason}"]
-    sites = [
-        f"{site.form}, {site.heads} heads on {site.kv_heads}, head dim {site.head_dim}\n    at {_short(site.source)}"
-        for site in graph.sites
-    ]
-    for first, last in _runs(sites):
-        layers = f"layer {first}" if first == last else f"layers {first} to {last}"
-        lines += f"  {layers}: {sites[first]}".splitlines()
-    for miss in graph.missed:
-        lines.append(f"  missed %{miss.node} = {miss.target}: {miss.reason}")
-        lines.append(f"    at {_short(miss.source)}")
-    if graph.problem is not None and not graph.missed:
-        lines.append(f"  {type(graph.problem).__name__}: {str(graph.problem).splitlines()[0]}")
-    if graph.broke_at is not None:
-        lines.append(f"  dynamo broke the graph at {_short(graph.broke_at)}")
-    return lines
-
-
-def _runs(items: Sequence[object]) -> list[tuple[int, int]]:
-    """First and last index of each run of equal items."""
-    runs: list[tuple[int, int]] = []
-    for index, item in enumerate(items):
-        if runs and items[runs[-1][0]] == item:
-            runs[-1] = (runs[-1][0], index)
-        else:
-            runs.append((index, index))
-    return runs
-
-
-def _short(source: str) -> str:
-    """A source line with the last three parts of its path."""
-    path, colon, rest = source.partition(":")
-    return "/".join(path.split("/")[-3:]) + colon + rest
-
-
-def _capacity_lines(capacity: Capacity) -> list[str]:
-    full, compact, saved = capacity.full_bytes, capacity.compact_bytes, capacity.saved_bytes
-    reserve = capacity.growth_reserve
-    verdict = f"saves {_size(saved)} ({saved / full:.0%})"
-    if saved < 0:
-        verdict = f"costs {_size(-saved)} more: room for {reserve} steps is larger than the KV of so short a prompt"
-    return [
-        f"  prompt: {capacity.batch_size} x {capacity.prompt_length} tokens, {capacity.num_layers} layers",
-        f"  kept: at most {capacity.kept_tokens} entries over all layers, {capacity.tokens_per_layer:.1f} per layer on average",
-        f"  arena: {capacity.arena_slots} slots per sample, with room for {reserve} decode steps before it grows",
-        f"  bytes: full KV {_size(full)}, arena {_size(compact)}; {verdict}",
-    ]
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.2f} GiB"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from tgvkv_compile.backend.arena_sizes import fewest_vision
 from tgvkv_compile.backend.callers import refuse_assisted_decoding
 from tgvkv_compile.backend.options import BackendOptions
 from tgvkv_compile.errors import (
@@ -22,13 +23,13 @@ from tgvkv_compile.errors import (
     TgvkvError,
 )
 from tgvkv_compile.fx.environment import size_reader
-from tgvkv_compile.fx.meta import fake_tensor, output_nodes
-from tgvkv_compile.fx.private import compile_lock
+from tgvkv_compile.fx.meta import fake_tensor
 from tgvkv_compile.fx.subclasses import first_storage
 from tgvkv_compile.lower import Lowered, lower_rewritten, records_cuda_graphs
-from tgvkv_compile.ops.state import CompactState
-from tgvkv_compile.pipeline import Rewrite
+from tgvkv_compile.ops.state import CompactState, Prefilled, split_off
+from tgvkv_compile.passes.rewrite import Rewrite
 from tgvkv_compile.plan import Plan
+from tgvkv_compile.private import compile_lock
 from tgvkv_compile.runtime.arena_pool import ArenaPool
 from tgvkv_compile.runtime.compact import CacheIdentity, CompactCache, arena_slots
 from tgvkv_compile.runtime.logical import LogicalKV, make_handle
@@ -152,16 +153,22 @@ def put_handles(outputs: list[Any], slots: Sequence[tuple[int, int]], compact: C
 class PrefillProgram:
     """Runs a rewritten prefill and wraps its compact state into a cache and handles."""
 
-    def __init__(self, rewrite: Callable[[], Rewrite], options: BackendOptions, backend: int, weight: int | None) -> None:
+    def __init__(
+        self,
+        rewrite: Callable[[], Rewrite],
+        options: BackendOptions,
+        backend: int,
+        weight: int | None,
+        counter: GraphModule | None,
+    ) -> None:
         first = rewrite()
         plan = first.plan
         self._compiled = CompiledRewrite(rewrite, first, options)
         self._options, self._backend, self._weight = options, backend, weight
         self._layers = plan.num_layers
         self._slots = [(site.key.output, site.value.output) for site in plan.sites]
-        self._outputs = len(output_nodes(first.gm)) - len(CompactState._fields) - 3
         self._length = size_reader(first.gm, fake_tensor(plan.sites[0].key.node).shape[2])
-        self._vision_count = first.vision_count
+        self._counter = counter
 
     def __call__(self, *inputs: Any) -> list[Any]:
         """Inputs and outputs as dynamo's graph has them, handles in the places of keys and values."""
@@ -174,42 +181,28 @@ class PrefillProgram:
             length,
             options.growth_reserve,
             config=options.eviction,
-            num_vision=fewest_vision(self._vision_count, inputs),
+            num_vision=fewest_vision(self._counter, inputs),
         )
         given = [*inputs, slots]
         results = self._compiled.fitting(given)(*given)
-        outputs, state, (history, room, valid) = results[: self._outputs], results[self._outputs : -3], results[-3:]
-        if valid is not None:
-            check_padding(valid)
+        results, told = split_off(results, Prefilled)
+        outputs, state = split_off(results, CompactState)
+        if told.valid is not None:
+            check_padding(told.valid)
         weight = address_of(inputs[self._weight]) if self._weight is not None else 0
         compact = CompactCache(
-            CompactState(*state),
+            state,
             config=options.eviction,
             identity=CacheIdentity(self._backend, weight, self._layers),
-            history=history,
+            history=told.history,
             logical_length=length,
             reserve=options.growth_reserve,
             # Only where some samples are shorter can there be less room than asked for; then reading it costs no stall
             # that the check for padding above has not cost already.
-            room=options.growth_reserve if valid is None else int(room),
+            room=options.growth_reserve if told.valid is None else int(told.room),
         )
         put_handles(outputs, self._slots, compact)
         return outputs
-
-
-def fewest_vision(counter: GraphModule | None, inputs: Sequence[Any]) -> int | None:
-    """Fewest vision tokens of a sample, where the arena's size depends on it (`budget_of="vision"`).
-
-    Args:
-        counter: From `extract_vision_count`.
-        inputs: Of a call, or example inputs from dynamo, where sizes may be symbolic.
-    """
-    if counter is None:
-        return None
-    inputs = [value.node.hint if isinstance(value, torch.SymInt) else value for value in inputs]
-    with torch.no_grad():
-        (count,) = counter(*inputs)
-    return int(count.min())
 
 
 class CachedProgram:

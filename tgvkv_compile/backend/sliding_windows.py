@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tgvkv_compile.fx.private import DynamicInt
+from tgvkv_compile.private import DynamicInt
 from tgvkv_compile.runtime.tracing import never_compile_frame, traced_behind_cut
 
 _UNCUT = "_tgvkv_uncut"

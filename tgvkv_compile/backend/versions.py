@@ -15,7 +15,7 @@ NEWEST = {"torch": (2, 14), "transformers": (5, 24)}
 def warn_of_untried() -> None:
     """Warns, once in a process, where something that is installed is newer than what this package was ever tried on.
 
-    It uses parts of torch that are not public (`fx.private`), so a newer one may do otherwise.
+    It uses parts of torch that are not public (`tgvkv_compile.private`), so a newer one may do otherwise.
     """
     installed = {"torch": torch.__version__, "transformers": getattr(sys.modules.get("transformers"), "__version__", "")}
     newer = [f"{name} {version}" for name, version in installed.items() if release(version) > NEWEST[name]]

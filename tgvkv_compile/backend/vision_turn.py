@@ -1,7 +1,7 @@
 """What dynamo's compiled frame of a later turn with a new picture calls."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -17,25 +17,40 @@ from tgvkv_compile.backend.programs import (
 )
 from tgvkv_compile.fx.environment import size_reader
 from tgvkv_compile.fx.meta import fake_tensor
-from tgvkv_compile.ops.state import Reselected
-from tgvkv_compile.pipeline import Rewrite
+from tgvkv_compile.ops.state import Choice, Reselected, split_off
+from tgvkv_compile.passes.rewrite import Rewrite
 from tgvkv_compile.runtime.compact import CacheIdentity, CompactCache, select_candidates
 
-_Pairs = list[tuple[Any, Any]]
+
+class _Turn(NamedTuple):
+    """A rewritten turn's results.
+
+    Attributes:
+        outputs: Of the graph as dynamo has it, candidates in the places of keys and values.
+        candidates: Keys and values of each layer's candidates.
+        choices: Which of them are kept, per layer.
+        decided: The rest.
+    """
+
+    outputs: list[Any]
+    candidates: list[tuple[Tensor, Tensor]]
+    choices: list[Choice]
+    decided: Reselected
 
 
-def _split(results: Sequence[Any], slots: Sequence[tuple[int, int]]) -> tuple[list[Any], _Pairs, _Pairs, Reselected]:
-    """A rewritten turn's results: the graph's outputs, each layer's candidates, which of them are kept, what was decided.
+def _read(results: Sequence[Any], slots: Sequence[tuple[int, int]]) -> _Turn:
+    """Names the results of a rewritten turn; `slots` are the outputs for keys and values of each layer.
 
     Raises:
         PaddingError: A sample is padded on the right.
     """
-    decided = Reselected(*results[-len(Reselected._fields) :])
+    outputs, decided = split_off(results, Reselected)
     check_padding(decided.valid)
-    end = len(results) - len(Reselected._fields) - 2 * len(slots)
-    outputs, chosen = list(results[:end]), results[end : -len(Reselected._fields)]
-    candidates: list[tuple[Tensor, Tensor]] = [(outputs[key], outputs[value]) for key, value in slots]
-    return outputs, candidates, list(zip(chosen[::2], chosen[1::2], strict=True)), decided
+    choices: list[Choice] = []
+    for _ in slots:
+        outputs, choice = split_off(outputs, Choice)
+        choices.insert(0, choice)
+    return _Turn(outputs, [(outputs[key], outputs[value]) for key, value in slots], choices, decided)
 
 
 class VisionContinuationProgram(CachedProgram):
@@ -50,11 +65,11 @@ class VisionContinuationProgram(CachedProgram):
         compact = self._compact(inputs)
         given = [*self._rest(inputs), *compact.candidates()]
         tokens = self._tokens(given)
-        outputs, candidates, chosen, decided = _split(self._compiled.fitting(given)(*given), self._slots)
-        compact.reselect(tokens, candidates, chosen, decided)
-        compact.padded_turns = compact.padded_turns or not bool(decided.valid.all())
-        put_handles(outputs, self._slots, compact)
-        return outputs
+        turn = _read(self._compiled.fitting(given)(*given), self._slots)
+        compact.reselect(tokens, turn.candidates, turn.choices, turn.decided)
+        compact.padded_turns = compact.padded_turns or not bool(turn.decided.valid.all())
+        put_handles(turn.outputs, self._slots, compact)
+        return turn.outputs
 
 
 class LatePrefillProgram:
@@ -80,17 +95,17 @@ class LatePrefillProgram:
         refuse_assisted_decoding()
         options = self._options
         length = self._past(inputs) + self._tokens(inputs)
-        outputs, candidates, chosen, decided = _split(self._compiled.fitting(inputs)(*inputs), self._slots)
+        turn = _read(self._compiled.fitting(inputs)(*inputs), self._slots)
         weight = address_of(inputs[self._weight]) if self._weight is not None else 0
         compact = CompactCache(
-            select_candidates(candidates, chosen, decided, options.growth_reserve, options.eviction),
+            select_candidates(turn.candidates, turn.choices, turn.decided, options.growth_reserve, options.eviction),
             config=options.eviction,
             identity=CacheIdentity(self._backend, weight, len(self._slots)),
-            history=decided.history,
+            history=turn.decided.history,
             logical_length=length,
             reserve=options.growth_reserve,
             room=options.growth_reserve,
         )
-        compact.padded_turns = bool((decided.lengths != length).any())
-        put_handles(outputs, self._slots, compact)
-        return outputs
+        compact.padded_turns = bool((turn.decided.lengths != length).any())
+        put_handles(turn.outputs, self._slots, compact)
+        return turn.outputs

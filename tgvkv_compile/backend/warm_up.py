@@ -11,6 +11,7 @@ from tgvkv_compile.backend.request import blank_image, request_of
 from tgvkv_compile.backend.wrappers import module_of
 from tgvkv_compile.config import check_count
 from tgvkv_compile.errors import ConfigError
+from tgvkv_compile.private import OptimizedModule
 from tgvkv_compile.runtime.tracing import compiled_for_handles
 
 QUESTION = "What is this?"
@@ -51,7 +52,7 @@ def warm_up(model: Any, inputs: Any, *, batch_sizes: Sequence[int] = (1,), new_t
 
 def _check_model(model: Any) -> None:
     name = type(model).__name__
-    if isinstance(model, torch._dynamo.OptimizedModule):
+    if isinstance(model, OptimizedModule):
         raise ConfigError(
             "warm_up() was given a model wrapped by torch.compile(), whose generate() runs uncompiled; compile it in place, by "
             "tgvkv_compile.compile(model), and give the model itself"

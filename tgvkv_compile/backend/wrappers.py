@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from tgvkv_compile.errors import ConfigError
+from tgvkv_compile.private import OptimizedModule, dynamo_config
 
 SHARDING_REMEDY = (
     "Shard nothing inside of the decoder (one FSDP unit around the whole model), or use tensor parallelism (tp_plan='auto') or "
@@ -28,7 +29,7 @@ def module_of(model: Any) -> torch.nn.Module:
     while True:
         if not isinstance(model, torch.nn.Module):
             raise ConfigError(f"model is a {type(model).__name__}; give a torch.nn.Module, such as a transformers model")
-        inner = model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else _inside(model)
+        inner = model._orig_mod if isinstance(model, OptimizedModule) else _inside(model)
         if inner is None:
             return model
         model = inner
@@ -42,7 +43,7 @@ def module_to_compile(model: Any) -> torch.nn.Module:
     """
     wrapper: Any = model
     while isinstance(wrapper, torch.nn.Module):
-        if isinstance(wrapper, torch._dynamo.OptimizedModule):
+        if isinstance(wrapper, OptimizedModule):
             raise ConfigError("model was wrapped by torch.compile(); give the model itself, it is compiled in place")
         if isinstance(wrapper, torch.nn.DataParallel):
             raise ConfigError(
@@ -95,4 +96,4 @@ def whole_graphs() -> contextlib.AbstractContextManager[Any]:
     parallel: Any = torch.nn.parallel.DistributedDataParallel
     if getattr(parallel, "_active_ddp_module", None) is None:
         return contextlib.nullcontext()
-    return torch._dynamo.config.patch(optimize_ddp=False)  # type: ignore[no-any-return]
+    return dynamo_config.patch(optimize_ddp=False)  # type: ignore[no-any-return]

@@ -1,14 +1,16 @@
 """The commands and their options. What they do is loaded when they are called: torch takes seconds to import."""
 
 import platform
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
+from tgvkv_compile.cli.eviction import Decode, Eviction, with_eviction
 from tgvkv_compile.cli.problems import told_plainly
-from tgvkv_compile.config import Budgeting, BudgetOf, DecodeMode, Ranking
+from tgvkv_compile.config import BudgetOf, EvictionConfig
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -21,12 +23,9 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Option(help="Folder of a model, or its id on the Hugging Face hub.", show_default=False)]
-Budget = Annotated[str, typer.Option(help="KV kept: 0.05 is a fraction, 64 is tokens per layer on average.")]
-Of = Annotated[BudgetOf, typer.Option(help="What the fraction is of: all of the prompt's KV, or the vision tokens' KV.")]
-Sharing = Annotated[Budgeting, typer.Option(help="How the layers share the budget.")]
-Ranks = Annotated[Ranking, typer.Option(help="Which tokens of the prompt stay: twr is TGV-KV's, the others are baselines.")]
-Decode = Annotated[DecodeMode, typer.Option(help="What decoding evicts: by ratio, one in one out, or nothing.")]
 Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Allow the model's repository to run its own code.")]
+As = Annotated[Dtype, typer.Option(help="Type of the weights; auto is the checkpoint's.")]
+Device = Annotated[str, typer.Option(help="Where to run, such as cpu or cuda:0.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -75,7 +74,7 @@ def demo(
         Literal["inductor", "eager"],
         typer.Option(help="Compiler for everything, the full cache included; eager for debugging."),
     ] = "inductor",
-    decode: Decode = "ratio",
+    decode: Decode = EvictionConfig.decode,
     out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("tgvkv-demo.png"),
     seed: Annotated[int, typer.Option(min=0, help="Draws other questions.")] = 0,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write all results here.", show_default=False)] = None,
@@ -111,7 +110,9 @@ def demo(
 
 
 @app.command()
+@with_eviction
 def run(
+    *,
     context: typer.Context,
     image: Annotated[list[Path], typer.Option(help="Picture file; give it again for more.", show_default=False)],
     prompt: Annotated[str, typer.Option(help="The question.", show_default=False)],
@@ -122,17 +123,13 @@ def run(
         Path | None,
         typer.Option(metavar="DIR", help="What `tgvkv export onnx` wrote, in place of a model.", show_default=False),
     ] = None,
-    budget: Budget = "0.05",
-    budget_of: Of = "all",
-    ranking: Ranks = "twr",
-    budgeting: Sharing = "tvb",
-    decode: Decode = "ratio",
+    eviction: Eviction,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
     lowering: Annotated[
         Literal["inductor", "aot_eager", "eager"], typer.Option(help="Compiler; all but inductor are for debugging.")
     ] = "inductor",
-    dtype: Annotated[Dtype, typer.Option(help="Type of the weights; auto is the checkpoint's.")] = "auto",
-    device: Annotated[str, typer.Option(help="Where to run, such as cpu or cuda:0.")] = "cpu",
+    dtype: As = "auto",
+    device: Device = "cpu",
     trust_remote_code: Remote = False,
 ) -> None:
     """Answer a question about pictures with any supported vision-language model, or with an export of one.
@@ -163,12 +160,11 @@ def run(
         if model is None:
             raise CommandError("neither --model nor --onnx was given; give a model, or what `tgvkv export onnx` wrote")
 
-        options = {"budget_of": budget_of, "ranking": ranking, "budgeting": budgeting, "decode": decode, "lowering": lowering}
-        kept = parse_budget(budget)
+        kept = parse_budget(eviction.pop("budget"))
         check_prompt(prompt)
         images = read_images(image)
         loaded = load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-        answer(loaded, images, prompt, kept, options, max_new_tokens)
+        answer(loaded, images, prompt, kept, {**eviction, "lowering": lowering}, max_new_tokens)
 
 
 def _refuse_beside_onnx(context: typer.Context) -> None:
@@ -181,26 +177,6 @@ def _refuse_beside_onnx(context: typer.Context) -> None:
         if name not in beside and source is not None and source.name == "COMMANDLINE":
             option = name.replace("_", "-")
             raise CommandError(f"--{option} cannot be given beside --onnx: the export has its own; export again to change it")
-
-
-def _export(target: Literal["onnx", "tensorrt"], **given: Any) -> None:
-    with told_plainly():
-        from tgvkv_compile.cli.export import check_folder, check_weights, export
-        from tgvkv_compile.cli.inputs import check_prompt, load, parse_budget, read_images
-
-        kept = parse_budget(given.pop("budget"))
-        prompt, out = given.pop("prompt"), given.pop("out")
-        check_prompt(prompt)
-        check_folder(out)
-        check_weights(given["dtype"])
-        images = read_images(given.pop("image") or [])
-        if target == "tensorrt":
-            from tgvkv_compile.export.tensorrt_engines import torch_tensorrt_module
-
-            torch_tensorrt_module()
-        where = {name: given.pop(name) for name in ("dtype", "device", "trust_remote_code")}
-        loaded = load(given.pop("model"), **where)
-        export(target, loaded, images, prompt, out, kept, given.pop("max_new_tokens"), given)
 
 
 exports = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Write engines of fixed shapes, eviction inside.")
@@ -223,82 +199,83 @@ Asked = Annotated[
     ),
 ]
 Slack = Annotated[float, typer.Option(min=0.0, help="Share of a layer's slots that is added, for prompts that want more.")]
-As = Annotated[Dtype, typer.Option(help="Type of the weights; auto is the checkpoint's.")]
 Where = Annotated[str, typer.Option(help="Where to trace, such as cpu or cuda:0.")]
 
 
-@exports.command("onnx")
-def export_to_onnx(
-    model: Model,
-    out: Out,
-    image: Sample = None,
-    prompt: Question = "What is in the picture?",
-    budget: Budget = "0.05",
-    budget_of: Of = "all",
-    ranking: Ranks = "twr",
-    budgeting: Sharing = "tvb",
-    decode: Decode = "ratio",
-    max_new_tokens: Answer = 128,
-    max_prompt: Longest = None,
-    max_question: Asked = None,
-    slack: Slack = 0.25,
-    dtype: As = "float32",
-    device: Where = "cpu",
-    trust_remote_code: Remote = False,
-) -> None:
-    """Write prefill.onnx and decode.onnx, for ONNX Runtime or TensorRT's parser.
+def _exporting(target: Literal["onnx", "tensorrt"], weights: Dtype, where: str) -> Callable[..., None]:
+    """The command that exports for `target`; `weights` and `where` are its defaults of `--dtype` and `--device`."""
+
+    @with_eviction
+    def command(
+        *,
+        model: Model,
+        out: Out,
+        image: Sample = None,
+        prompt: Question = "What is in the picture?",
+        eviction: Eviction,
+        max_new_tokens: Answer = 128,
+        max_prompt: Longest = None,
+        max_question: Asked = None,
+        slack: Slack = 0.25,
+        dtype: As = weights,
+        device: Where = where,
+        trust_remote_code: Remote = False,
+    ) -> None:
+        with told_plainly():
+            from tgvkv_compile.cli.export import check_folder, check_weights, export
+            from tgvkv_compile.cli.inputs import check_prompt, load, parse_budget, read_images
+
+            kept = parse_budget(eviction.pop("budget"))
+            check_prompt(prompt)
+            check_folder(out)
+            check_weights(dtype)
+            images = read_images(image or [])
+            if target == "tensorrt":
+                from tgvkv_compile.export.tensorrt_engines import torch_tensorrt_module
+
+                torch_tensorrt_module()
+            loaded = load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+            sizes = {"max_prompt": max_prompt, "max_question": max_question, "slack": slack}
+            export(target, loaded, images, prompt, out, kept, max_new_tokens, {**sizes, **eviction})
+
+    return command
+
+
+exports.command(
+    "onnx",
+    help="""Write prefill.onnx and decode.onnx, for ONNX Runtime or TensorRT's parser.
 
     The sample decides the number and size of pictures, and how many slots each layer gets.
 
     [bold]Example[/bold]
 
     tgvkv export onnx --model ./llava --image cat.jpg --prompt "What is this?" --budget 0.05 --out ./engines
-    """
-    _export("onnx", **locals())
+    """,
+)(_exporting("onnx", "float32", "cpu"))
 
-
-@exports.command("tensorrt")
-def export_to_tensorrt(
-    model: Model,
-    out: Out,
-    image: Sample = None,
-    prompt: Question = "What is in the picture?",
-    budget: Budget = "0.05",
-    budget_of: Of = "all",
-    ranking: Ranks = "twr",
-    budgeting: Sharing = "tvb",
-    decode: Decode = "ratio",
-    max_new_tokens: Answer = 128,
-    max_prompt: Longest = None,
-    max_question: Asked = None,
-    slack: Slack = 0.25,
-    dtype: As = "auto",
-    device: Where = "cuda",
-    trust_remote_code: Remote = False,
-) -> None:
-    """Write prefill.engine and decode.engine with Torch-TensorRT. It has not run on TensorRT yet (docs/export.md).
+exports.command(
+    "tensorrt",
+    help="""Write prefill.engine and decode.engine with Torch-TensorRT. It has not run on TensorRT yet (docs/export.md).
 
     [bold]Example[/bold]
 
     tgvkv export tensorrt --model ./llava --image cat.jpg --prompt "What is this?" --budget 0.05 --out ./engines
-    """
-    _export("tensorrt", **locals())
+    """,
+)(_exporting("tensorrt", "auto", "cuda"))
 
 
 @app.command()
+@with_eviction
 def explain(
+    *,
     model: Model,
     image: Annotated[
         list[Path] | None, typer.Option(help="Picture file; a blank picture if not given.", show_default=False)
     ] = None,
     prompt: Annotated[str, typer.Option(help="The question.")] = "What is in the picture?",
-    budget: Budget = "0.05",
-    budget_of: Of = "all",
-    ranking: Ranks = "twr",
-    budgeting: Sharing = "tvb",
-    decode: Decode = "ratio",
-    dtype: Annotated[Dtype, typer.Option(help="Type of the weights; auto is the checkpoint's.")] = "auto",
-    device: Annotated[str, typer.Option(help="Where to run, such as cpu or cuda:0.")] = "cpu",
+    eviction: Eviction,
+    dtype: As = "auto",
+    device: Device = "cpu",
     trust_remote_code: Remote = False,
 ) -> None:
     """Tell what the backend finds in a model and would do with it. Nothing is compiled.
@@ -311,9 +288,8 @@ def explain(
         from tgvkv_compile.cli.inputs import check_prompt, load, parse_budget, read_images
         from tgvkv_compile.cli.run import explanation
 
-        kept = parse_budget(budget)
+        kept = parse_budget(eviction.pop("budget"))
         check_prompt(prompt)
         images = read_images(image or [])
         loaded = load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-        options = {"budget_of": budget_of, "ranking": ranking, "budgeting": budgeting, "decode": decode}
-        typer.echo(explanation(loaded, images, prompt, kept, options))
+        typer.echo(explanation(loaded, images, prompt, kept, eviction))

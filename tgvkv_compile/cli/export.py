@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers import AutoProcessor
 
+from tgvkv_compile.backend.explanation import size
 from tgvkv_compile.backend.request import blank_image
 from tgvkv_compile.cli.inputs import Loaded, build_inputs, quiet_transformers
 from tgvkv_compile.cli.problems import CommandError
-from tgvkv_compile.cli.report import size
 from tgvkv_compile.errors import ConfigError, first_line
 from tgvkv_compile.export import Manifest, OnnxGenerator, export_onnx, export_tensorrt, trtexec_commands
 from tgvkv_compile.export.manifest import MANIFEST

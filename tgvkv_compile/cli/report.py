@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tgvkv_compile import __version__
+from tgvkv_compile.backend.explanation import size
 from tgvkv_compile.runtime.inspect import CacheReport
 
 
@@ -35,15 +36,6 @@ def budget_label(budget: float | int | None) -> str:
     if budget is None:
         return "full"
     return f"{budget} tokens" if isinstance(budget, int) else f"{100 * budget:g} %"
-
-
-def size(count: float) -> str:
-    """Bytes in a unit that reads well."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.2f} GiB"
 
 
 def versions() -> dict[str, str]:

@@ -10,7 +10,7 @@ from tgvkv_compile.backend import dynamo
 from tgvkv_compile.backend.apart import compile_apart
 from tgvkv_compile.backend.backend import tgvkv_backend
 from tgvkv_compile.backend.wrappers import module_of
-from tgvkv_compile.config import SINK_TOKENS, Budgeting, BudgetOf, DecodeMode, EvictionConfig, Ranking, check_count
+from tgvkv_compile.config import check_count, read_eviction
 from tgvkv_compile.errors import ConfigError
 from tgvkv_compile.export.budget_plan import BudgetPlan
 from tgvkv_compile.ops.budgeting import segment_capacity
@@ -25,11 +25,7 @@ def calibrate(
     max_new_tokens: int,
     slack: float = 0.25,
     max_prompt: int | None = None,
-    budget_of: BudgetOf = "all",
-    budgeting: Budgeting = "tvb",
-    decode: DecodeMode = "ratio",
-    sink_tokens: int = SINK_TOKENS,
-    ranking: Ranking = "twr",
+    **eviction: Any,
 ) -> BudgetPlan:
     """Makes a plan from sample prompts: per layer, the most that any of them wants, decode growth and slack.
 
@@ -39,23 +35,18 @@ def calibrate(
     Args:
         model: A transformers vision-language model; it may be compiled.
         samples: Inputs of calls, as the processor makes them, each with a picture.
-        budget: As for `tgvkv_backend`, and so are `budget_of`, `budgeting`, `decode`, `sink_tokens` and
-            `ranking`.
+        budget: As for `tgvkv_backend`.
         max_new_tokens: The most decode steps.
         slack: Share of a capacity that is added to it, for prompts that want more than the samples do.
         max_prompt: The longest prompt, in tokens; the longest sample by default. Where it is longer, what the samples want
             is scaled by length.
-        budget_of: Of what the budget is a fraction.
-        budgeting: How layers share it.
-        decode: What decoding evicts.
-        sink_tokens: How many first tokens are always kept.
-        ranking: Which tokens stay, by name.
+        **eviction: The other fields of `EvictionConfig`; functions of one's own cannot be exported.
 
     Raises:
         ConfigError: An option is out of range, there is no sample, or one holds no picture.
         UnsupportedGraphError: The model cannot be rewritten.
     """
-    eviction = EvictionConfig(budget, budget_of, budgeting, decode, sink_tokens, ranking)
+    config = read_eviction(budget, eviction, where="calibrate")
     check_count("max_new_tokens", max_new_tokens, minimum=0)
     if isinstance(slack, bool) or not isinstance(slack, (int, float)) or not 0.0 <= slack < math.inf:
         raise ConfigError(f"slack={slack!r} must be a number >= 0: the share of a capacity that is added to it")
@@ -66,11 +57,7 @@ def calibrate(
     model = module_of(model)
     backend = tgvkv_backend(
         budget,
-        budget_of=budget_of,
-        budgeting=budgeting,
-        decode=decode,
-        sink_tokens=sink_tokens,
-        ranking=ranking,
+        **eviction,
         lowering="eager",
         configure_dynamo=False,
     )
@@ -82,11 +69,11 @@ def calibrate(
         if not report.compressed:
             raise ConfigError(f"samples[{number}] holds no picture, so no layer wants anything; give prompts with vision")
         lengths = torch.full((report.batch_size,), report.logical_length)  # padding counted: never less than what is there
-        wish = segment_capacity(report.segment_lengths, report.keep_rates, lengths, max_new_tokens, config=eviction)
+        wish = segment_capacity(report.segment_lengths, report.keep_rates, lengths, max_new_tokens, config=config)
         wishes.append(wish.amax(0))
         longest = max(longest, report.logical_length)
     max_prompt = longest if max_prompt is None else max_prompt
     check_count("max_prompt", max_prompt, minimum=longest)
     wanted = torch.stack(wishes).amax(0) * (max_prompt / longest) * (1.0 + slack)
     capacities = tuple(min(math.ceil(slots), max_prompt + max_new_tokens) for slots in wanted.tolist())
-    return BudgetPlan(capacities, max_prompt, max_new_tokens, eviction)
+    return BudgetPlan(capacities, max_prompt, max_new_tokens, config)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tgvkv_compile.backend.wrappers import module_of
-from tgvkv_compile.config import SINK_TOKENS, Budgeting, BudgetOf, DecodeMode, Ranking, check_count
+from tgvkv_compile.config import check_count, read_eviction
 from tgvkv_compile.errors import ConfigError, UnsupportedGraphError
 from tgvkv_compile.export.budget_plan import BudgetPlan
 from tgvkv_compile.export.calibrate import calibrate
@@ -22,6 +22,7 @@ from tgvkv_compile.export.rewritten import exported, rewrite_decode, rewrite_pre
 from tgvkv_compile.export.suitable import check_dtypes, check_implementation
 from tgvkv_compile.export.traced import traced_decode, traced_prefill
 from tgvkv_compile.export.vision import traced_vision
+from tgvkv_compile.fx.dump import Dumper
 from tgvkv_compile.fx.meta import fake_tensor, output_nodes
 from tgvkv_compile.ops.fixed_prefill import block_count
 
@@ -74,12 +75,9 @@ def export_program(
     max_question: int | None = None,
     fixed_prompt: bool = False,
     slack: float = 0.25,
-    budget_of: BudgetOf = "all",
-    budgeting: Budgeting = "tvb",
-    decode: DecodeMode = "ratio",
-    sink_tokens: int = SINK_TOKENS,
-    ranking: Ranking = "twr",
+    dump_graphs: str | None = None,
     say: Say | None = None,
+    **eviction: Any,
 ) -> Programs:
     """Exports a model as prefill and decode. The model stays as it is.
 
@@ -89,8 +87,7 @@ def export_program(
         model: A transformers model of a family that can be exported (`export.families`); it may be compiled.
         sample_inputs: What the processor makes of a prompt with pictures; of several, the first is traced and all are
             calibrated on.
-        budget: As for `tgvkv_backend`, and so are `budget_of`, `budgeting`, `decode`, `sink_tokens` and
-            `ranking`.
+        budget: As for `tgvkv_backend`.
         max_new_tokens: The most decode steps.
         plan: Capacities; by default `calibrate` makes them of the samples. It brings budget, eviction options, longest prompt
             and decode steps: give none of these beside it.
@@ -98,12 +95,9 @@ def export_program(
         max_question: The most tokens behind the last picture; by default twice as many as the samples have, and at least 256.
         fixed_prompt: All prompts are padded to the longest one, for targets without dynamic shapes.
         slack: As for `calibrate`.
-        budget_of: Of what the budget is a fraction.
-        budgeting: How layers share it.
-        decode: What decoding evicts.
-        sink_tokens: How many first tokens are always kept.
-        ranking: Which tokens stay, by name.
+        dump_graphs: Folder for readable graphs before and after each pass.
         say: Told what is being done.
+        **eviction: The other fields of `EvictionConfig`; functions of one's own cannot be exported.
 
     Returns:
         The programs; unpacks into prefill and decode.
@@ -113,6 +107,7 @@ def export_program(
         UnsupportedGraphError: The model cannot be exported.
     """
     say = say or (lambda _: None)
+    read_eviction(budget, eviction, where="export")
     model = module_of(model)
     if model.training:
         raise ConfigError(f"{type(model).__name__} is in training mode; call model.eval() first")
@@ -122,9 +117,7 @@ def export_program(
     samples = [sample_inputs] if isinstance(sample_inputs, Mapping) else list(sample_inputs)
     if plan is None:
         say("calibrating: what the layers want of the samples")
-        options: dict[str, Any] = {"budget_of": budget_of, "budgeting": budgeting, "decode": decode, "sink_tokens": sink_tokens}
-        options["ranking"] = ranking
-        plan = calibrate(model, samples, budget, max_new_tokens=max_new_tokens, slack=slack, max_prompt=max_prompt, **options)
+        plan = calibrate(model, samples, budget, max_new_tokens=max_new_tokens, slack=slack, max_prompt=max_prompt, **eviction)
     elif max_prompt is not None:
         raise ConfigError(f"max_prompt={max_prompt} and a plan were given; the plan says {plan.max_prompt}: give one of them")
     inputs = engine_inputs(model, family, samples[0])
@@ -147,8 +140,9 @@ def export_program(
     say("tracing a decode step")
     step, step_inputs = traced_decode(model, family, entries)
     say("rewriting both")
-    rewrite_prefill(prefill, list(inputs.values()), plan, blocks, max_question)
-    state = rewrite_decode(step, step_inputs, plan)
+    dumper = Dumper(dump_graphs)
+    rewrite_prefill(prefill, list(inputs.values()), plan, blocks, max_question, dumper)
+    state = rewrite_decode(step, step_inputs, plan, dumper)
     decode_inputs = dict(zip(("token", "position"), step_inputs, strict=False), **state)
     say("exporting the prefill")
     prefill_program = exported(prefill, list(inputs.values()), shapes)

@@ -1,20 +1,22 @@
 """The rewritten graphs of an engine: the passes of fixed shapes, verified one by one."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from tgvkv_compile.errors import UnsupportedGraphError, first_line
 from tgvkv_compile.export.budget_plan import BudgetPlan
 from tgvkv_compile.export.families import MASK
 from tgvkv_compile.export.suitable import check_causal, check_sees_all
+from tgvkv_compile.fx.dump import Dumper
 from tgvkv_compile.fx.environment import Environment
 from tgvkv_compile.fx.meta import fake_tensor
 from tgvkv_compile.fx.verify import verify
+from tgvkv_compile.ops.fixed_shapes import PackedLayer
 from tgvkv_compile.passes.drop_assertions import drop_assertions
 from tgvkv_compile.passes.drop_empty_pasts import drop_empty_pasts
 from tgvkv_compile.passes.find_additions import find_additions
@@ -22,109 +24,63 @@ from tgvkv_compile.passes.insert_fixed_decode import insert_fixed_decode
 from tgvkv_compile.passes.insert_fixed_eviction import insert_fixed_eviction
 from tgvkv_compile.passes.insert_fixed_scoring import insert_fixed_scoring
 from tgvkv_compile.passes.insert_gathers import insert_gathers
-from tgvkv_compile.passes.inserted import Scores
+from tgvkv_compile.passes.rewrite import FixedDecode, FixedPrefill, Rewrite
 from tgvkv_compile.pipeline import plan_of
-from tgvkv_compile.plan import Plan, render_misses
+from tgvkv_compile.plan import GraphKind, Plan, render_misses
+from tgvkv_compile.runner import Step, in_order, run_steps
 
 
 def state_names(num_layers: int) -> list[str]:
     """Names of the tensors that prefill returns behind the logits, and that decode takes, in order."""
-    of_layers = [f"{part}_{layer}" for layer in range(num_layers) for part in ("key", "value", "slot_position")]
+    of_layers = [f"{part}_{layer}" for layer in range(num_layers) for part in PackedLayer._fields]
     return [*of_layers, "protect_from", "keep_rate", "lengths"]
 
 
-@dataclasses.dataclass
-class Rewrite:
-    """One exported graph on its way through the steps.
-
-    Attributes:
-        gm: The graph.
-        found: Its plan.
-        budgets: The capacities.
-        blocks: How many blocks the rows of attention are walked in (prefill).
-        question_rows: The most tokens of a question (prefill).
-        state: Fake values of the compact cache, by name (decode).
-        scores: What `insert_fixed_scoring` left for those after it.
-    """
-
-    gm: GraphModule
-    found: Plan
-    budgets: BudgetPlan
-    blocks: int = 1
-    question_rows: int = 1
-    state: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-    scores: Scores | None = None
-
-    def pending(self) -> frozenset[Node]:
-        """Inserted nodes that no node may use yet."""
-        scores = self.scores
-        return frozenset() if scores is None else frozenset((scores.roles, *scores.mass, *scores.score, *scores.tier))
-
-
-def _drop_pasts(rewrite: Rewrite) -> None:
-    rewrite.found = drop_empty_pasts(rewrite.gm, rewrite.found)
-
-
-def _gather(rewrite: Rewrite) -> None:
-    insert_gathers(rewrite.gm, rewrite.found, find_additions(rewrite.gm))
-
-
-def _score(rewrite: Rewrite) -> None:
-    mask = next(iter(rewrite.gm.graph.find_nodes(op="placeholder", target=MASK)))
-    sizes = {"blocks": rewrite.blocks, "question_rows": rewrite.question_rows}
-    rewrite.scores = insert_fixed_scoring(rewrite.gm, rewrite.found, rewrite.budgets.eviction, mask, **sizes)
-
-
-def _evict(rewrite: Rewrite) -> None:
-    assert rewrite.scores is not None
-    budgets = rewrite.budgets
-    sizes = (budgets.eviction, budgets.capacities, budgets.max_new_tokens)
-    insert_fixed_eviction(rewrite.gm, rewrite.found, rewrite.scores, *sizes)
-
-
-def _decode(rewrite: Rewrite) -> None:
-    insert_fixed_decode(rewrite.gm, rewrite.found, rewrite.budgets.eviction, rewrite.state)
-
-
-STEPS: dict[str, tuple[tuple[str, Callable[[Rewrite], None]], ...]] = {
-    "prefill": (
-        ("drop_empty_pasts", _drop_pasts),
-        ("insert_gathers", _gather),
-        ("insert_fixed_scoring", _score),
-        ("insert_fixed_eviction", _evict),
+STEPS: Mapping[GraphKind, tuple[Step, ...]] = {
+    "prefill": in_order(
+        Step(drop_empty_pasts),
+        Step(insert_gathers),
+        Step(insert_fixed_scoring),
+        Step(insert_fixed_eviction, requires=(insert_fixed_scoring,)),
     ),
-    "decode": (("insert_fixed_decode", _decode),),
+    "decode": in_order(Step(insert_fixed_decode)),
 }
 """What is done to each graph, in order, once `drop_assertions` has run and it was found and planned."""
 
 
-def rewrite_prefill(gm: GraphModule, inputs: Sequence[Tensor], plan: BudgetPlan, blocks: int, question_rows: int) -> None:
+def rewrite_prefill(
+    gm: GraphModule, inputs: Sequence[Tensor], budgets: BudgetPlan, blocks: int, question_rows: int, dumper: Dumper
+) -> None:
     """Rewrites a traced prefill in place: merges, attention with scores, eviction.
 
     Args:
         gm: Of `traced_prefill`.
         inputs: Its example inputs.
-        plan: The capacities.
+        budgets: The capacities.
         blocks: How many blocks the rows of attention are walked in.
         question_rows: The most tokens of a question.
+        dumper: Writes the graph before and after each step.
 
     Raises:
         UnsupportedGraphError: It holds something that fixed shapes do not allow.
     """
-    environment = _adopted(gm, inputs)
-    found = plan_of(gm, frozenset())
-    _check(found, "prefill", plan.num_layers)
-    check_causal(gm, found, inputs)
-    _run("prefill", Rewrite(gm, found, plan, blocks, question_rows), environment)
+    rewrite = _begin(gm, inputs, frozenset(), budgets)
+    _check(rewrite.plan, "prefill", budgets.num_layers)
+    check_causal(gm, rewrite.plan, inputs)
+    rewrite.plan = dataclasses.replace(rewrite.plan, additions=find_additions(gm))
+    mask = next(iter(gm.graph.find_nodes(op="placeholder", target=MASK)))
+    rewrite.leave(FixedPrefill(budgets.capacities, budgets.max_new_tokens, blocks, question_rows, mask))
+    _run(rewrite, dumper)
 
 
-def rewrite_decode(gm: GraphModule, inputs: Sequence[Tensor], plan: BudgetPlan) -> dict[str, Tensor]:
+def rewrite_decode(gm: GraphModule, inputs: Sequence[Tensor], budgets: BudgetPlan, dumper: Dumper) -> dict[str, Tensor]:
     """Rewrites a traced decode step in place.
 
     Args:
         gm: Of `traced_decode`.
         inputs: Its example inputs.
-        plan: The capacities.
+        budgets: The capacities.
+        dumper: Writes the graph before and after each step.
 
     Returns:
         An empty cache, by the names of the new inputs.
@@ -132,33 +88,32 @@ def rewrite_decode(gm: GraphModule, inputs: Sequence[Tensor], plan: BudgetPlan) 
     Raises:
         UnsupportedGraphError: It is not a decode step of so many layers.
     """
-    environment = _adopted(gm, inputs)
     pasts = [node.name for node in gm.graph.find_nodes(op="placeholder") if node.name.startswith("past_")]
-    found = plan_of(gm, frozenset(pasts))
-    _check(found, "decode", plan.num_layers)
-    check_sees_all(gm, found, inputs)
-    state = _empty_state(found, plan)
-    fake: dict[str, Tensor] = {name: environment.fake_mode.from_tensor(value) for name, value in state.items()}
-    _run("decode", Rewrite(gm, found, plan, state=fake), environment)
+    rewrite = _begin(gm, inputs, frozenset(pasts), budgets)
+    _check(rewrite.plan, "decode", budgets.num_layers)
+    check_sees_all(gm, rewrite.plan, inputs)
+    state = _empty_state(rewrite.plan, budgets)
+    fake_mode = rewrite.environment.fake_mode
+    rewrite.leave(FixedDecode({name: fake_mode.from_tensor(value) for name, value in state.items()}))
+    _run(rewrite, dumper)
     return state
 
 
-def _run(kind: str, rewrite: Rewrite, environment: Environment) -> None:
-    for name, run in STEPS[kind]:
-        with environment.tracing():
-            run(rewrite)
-        verify(rewrite.gm, after=name, pending=rewrite.pending())
+def _run(rewrite: Rewrite, dumper: Dumper) -> None:
+    dumper.graph(rewrite.gm, rewrite.plan.kind, "traced")
+    run_steps(rewrite, STEPS[rewrite.plan.kind], dumper=dumper)
 
 
-def _adopted(gm: GraphModule, inputs: Sequence[Tensor]) -> Environment:
+def _begin(gm: GraphModule, inputs: Sequence[Tensor], compressed: frozenset[str], budgets: BudgetPlan) -> Rewrite:
+    """A graph from `torch.export`, planned, in a shape environment of its own."""
     drop_assertions(gm)
     environment = Environment()
     environment.adopt(gm, list(inputs))
     verify(gm, after="drop_assertions")
-    return environment
+    return Rewrite(gm, environment, plan_of(gm, compressed), budgets.eviction)
 
 
-def _check(found: Plan, kind: str, layers: int) -> None:
+def _check(found: Plan, kind: GraphKind, layers: int) -> None:
     if found.kind != kind:
         misses = f"\n{render_misses(found.misses)}" if found.misses else ""
         raise UnsupportedGraphError(f"the exported graph should be a {kind}, and is {found.kind}: {found.reason}{misses}")

@@ -6,11 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from tgvkv_compile.errors import UnsupportedGraphError
 from tgvkv_compile.export.families import GRID, PIXELS, encoded
-from tgvkv_compile.fx.private import disable_proxy_modes_tracing, make_fx
+from tgvkv_compile.private import disable_proxy_modes_tracing, make_fx, pytree
 
 
 class _OnlyWhatDependsOn(TorchFunctionMode):

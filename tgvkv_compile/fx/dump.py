@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch.fx import GraphModule
 
-from tgvkv_compile.fx.private import trace_structured
+from tgvkv_compile.private import trace_structured
 
 log = logging.getLogger("tgvkv_compile.graphs")
 

@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 from tgvkv_compile.errors import InternalError
 from tgvkv_compile.fx.insert import propagate
 from tgvkv_compile.fx.meta import described, fake_value, set_fake_value
-from tgvkv_compile.fx.private import (
+from tgvkv_compile.private import (
     ConstantSource,
     DimDynamic,
     FakeTensorMode,

@@ -14,7 +14,7 @@ from torch.fx.node import map_aggregate, map_arg
 
 from tgvkv_compile.errors import InternalError
 from tgvkv_compile.fx.meta import described, fake_value, set_fake_value
-from tgvkv_compile.fx.private import FakeTensor
+from tgvkv_compile.private import FakeTensor
 
 
 def insert_call(gm: GraphModule, function: Callable[..., Any], *args: Any, name: str, **kwargs: Any) -> Node:

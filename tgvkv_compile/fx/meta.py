@@ -6,7 +6,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from tgvkv_compile.errors import InternalError
-from tgvkv_compile.fx.private import is_traceable_wrapper_subclass
+from tgvkv_compile.private import is_traceable_wrapper_subclass
 
 VISION_OF = "tgvkv_vision_of"
 """Key in `Node.meta` of an input that is a mask of vision: the name of the input whose embeddings it is for."""

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tgvkv_compile.fx.private import is_traceable_wrapper_subclass
+from tgvkv_compile.private import DisableTorchFunctionSubclass, is_traceable_wrapper_subclass
 
 
 def as_graph_takes(value: Any) -> Any:
     """`value` as a graph takes it whose nodes ask `__torch_function__`: plain, where dynamo has followed it already."""
     if not isinstance(value, Tensor) or type(value) in (Tensor, torch.nn.Parameter) or is_traceable_wrapper_subclass(value):
         return value
-    with torch._C.DisableTorchFunctionSubclass():
+    with DisableTorchFunctionSubclass():
         return value.as_subclass(Tensor)
 
 

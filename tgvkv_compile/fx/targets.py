@@ -16,7 +16,7 @@ from tgvkv_compile.ops.merged import SPELLINGS
 aten = torch.ops.aten
 
 _FUNCTIONS: dict[Callable[..., Any], str] = {
-    torch._C._nn.scaled_dot_product_attention: "sdpa",
+    torch.nn.functional.scaled_dot_product_attention: "sdpa",
     torch.nn.functional.embedding: "embedding",
     torch.ops.higher_order.flex_attention: "flex",
     torch.nn.functional.softmax: "softmax",
@@ -42,7 +42,7 @@ _FUNCTIONS: dict[Callable[..., Any], str] = {
     torch.where: "where",
     torch.eq: "eq",
     operator.eq: "eq",
-    torch._C._nn.linear: "linear",
+    torch.nn.functional.linear: "linear",
     aten.linear.default: "linear",
     aten.addmm.default: "addmm",
     aten.scaled_dot_product_attention.default: "sdpa",

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 import torch
 
-from tgvkv_compile.fx.private import kernels_put_off, probe_instructions
 from tgvkv_compile.ops.kernels.cpu.library import library
+from tgvkv_compile.private import kernels_put_off, probe_instructions
 
 
 def prepare_inductor(model: torch.nn.Module | None = None) -> None:

@@ -15,11 +15,11 @@ from tgvkv_compile.config import CompileMode, Lowering
 from tgvkv_compile.errors import InternalError
 from tgvkv_compile.fx.environment import Environment
 from tgvkv_compile.fx.meta import fake_value
-from tgvkv_compile.fx.private import FakeTensorMode, enable_torch_function, mark_static, tracing_apart
 from tgvkv_compile.fx.subclasses import as_graph_takes
 from tgvkv_compile.lower.beside import kernels_beside
 from tgvkv_compile.lower.by_piece import lower_by_piece
 from tgvkv_compile.lower.pieces import cut
+from tgvkv_compile.private import FakeTensorMode, enable_torch_function, inductor, lookup_backend, mark_static, tracing_apart
 
 
 class Lowered:
@@ -155,7 +155,7 @@ def lower_dense(
 
 
 def _patches(mode: CompileMode | None, options: dict[str, Any] | None) -> dict[str, Any]:
-    chosen = dict(torch._inductor.list_mode_options(mode)) if mode is not None else {}
+    chosen = dict(inductor.list_mode_options(mode)) if mode is not None else {}
     return {**chosen, **(options or {})}
 
 
@@ -164,7 +164,7 @@ def _inductor(
 ) -> Callable[..., Any]:
     options = {**_WORKAROUNDS, **_cacheable(gm), **patches}
     with contextlib.nullcontext() if fake_mode is None else tracing_apart(fake_mode):
-        return torch._inductor.compile(gm, inputs, options=options or None)  # type: ignore[no-any-return]
+        return inductor.compile(gm, inputs, options=options or None)  # type: ignore[no-any-return]
 
 
 _WORKAROUNDS = {} if torch.__version__ >= "2.13" else {"assert_indirect_indexing": False}
@@ -188,7 +188,7 @@ def _sources() -> str:
 
 
 def _aot_eager(gm: GraphModule, inputs: list[Any], patches: dict[str, Any], fake_mode: object) -> Callable[..., Any]:
-    return torch._dynamo.lookup_backend("aot_eager")(gm, inputs)
+    return lookup_backend("aot_eager")(gm, inputs)
 
 
 def _eager(gm: GraphModule, _inputs: list[Any], patches: dict[str, Any], fake_mode: object) -> Callable[..., Any]:

@@ -1,6 +1,6 @@
 """Scaled dot-product attention that also tells the log-sum-exp of each row, where a kernel knows it."""
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,9 +13,16 @@ _BIAS_ALIGNMENT = 16  # entries; what `scaled_dot_product_attention` pads the ro
 Kernel = Literal["flash_cpu", "flash", "efficient"]
 
 
+class AttentionWithLse(NamedTuple):
+    """`output [B, H, Q, D]`, and `lse` float32 `[B, H, Q]`, the log-sum-exp of its rows; None where no kernel tells it."""
+
+    output: Tensor
+    lse: Tensor | None
+
+
 def scaled_dot_product_attention_with_lse(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float
-) -> tuple[Tensor, Tensor | None]:
+) -> AttentionWithLse:
     """`scaled_dot_product_attention`, and what its kernel knows of each row's normaliser.
 
     Calls the kernel that `scaled_dot_product_attention` itself dispatches to, for its second result: on the CPU its flash
@@ -29,9 +36,6 @@ def scaled_dot_product_attention_with_lse(
         attn_mask: `[B | 1, 1 | H, Q, S]`, bool or additive, or None.
         is_causal: As there.
         scale: As there.
-
-    Returns:
-        `(output [B, H, Q, D], lse float32 [B, H, Q] or None)`.
     """
     groups = query.shape[1] // key.shape[1]
     kernel = kernel_with_lse(query, key, value, attn_mask)
@@ -39,23 +43,23 @@ def scaled_dot_product_attention_with_lse(
         output = torch.nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=groups != 1
         )
-        return output, None
+        return AttentionWithLse(output, None)
     if kernel == "flash":  # takes grouped heads as they are
         output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
             query, key, value, 0.0, is_causal, False, scale=scale
         )
-        return output, lse
+        return AttentionWithLse(output, lse)
     key, value = _repeat(key, groups), _repeat(value, groups)
     if kernel == "efficient":
         bias = None if attn_mask is None else aligned_bias(attn_mask, query)
         output, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
             query, key, value, bias, True, 0.0, is_causal, scale=scale
         )
-        return output, lse.narrow(2, 0, query.shape[2])  # the kernel rounds the rows up to 32
+        return AttentionWithLse(output, lse.narrow(2, 0, query.shape[2]))  # the kernel rounds the rows up to 32
     output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, is_causal, attn_mask=None if attn_mask is None else _additive(attn_mask, query), scale=scale
     )
-    return output, lse.to(torch.float32)
+    return AttentionWithLse(output, lse.to(torch.float32))
 
 
 def kernel_with_lse(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Kernel | None:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from tgvkv_compile.config import Budgeting, EvictionConfig, name_of
-from tgvkv_compile.errors import ConfigError
 from tgvkv_compile.ops.policy.pyramid import pyramid
+from tgvkv_compile.ops.policy.returned import check_tensor
 from tgvkv_compile.ops.policy.room import Room, Sharing, fill
 from tgvkv_compile.ops.policy.same import same
 from tgvkv_compile.ops.policy.share import budgeted
@@ -46,12 +46,7 @@ def _wants(budgeting: Budgeting | Callable[..., Any], weight: Tensor, room: Room
     if isinstance(budgeting, str):
         return SHARINGS[budgeting](weight, room)
     found = budgeting(weight)
-    name = name_of(budgeting)
-    if not isinstance(found, Tensor) or found.dtype != torch.float32 or tuple(found.shape) != tuple(weight.shape):
-        what = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-        raise ConfigError(
-            f"budgeting={name} returned {what}; it must be torch.float32 [B, L], here {tuple(weight.shape)} (docs/policies.md)"
-        )
+    check_tensor(f"budgeting={name_of(budgeting)} returned", found, torch.float32, "[B, L]", tuple(weight.shape))
     return fill(found, room)
 
 

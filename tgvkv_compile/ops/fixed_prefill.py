@@ -60,11 +60,7 @@ def attend_and_score(
     scale: float,
     blocks: int,
     question_rows: int,
-    *,
-    ranking: str = "twr",
-    layer: int = 0,
-    budget: float | int = 1.0,
-    budget_of: str = "all",
+    **options: Any,
 ) -> Scored:
     """Causal attention of a prompt, and what [`rank_tokens`][tgvkv_compile.ops.policy.rank.rank_tokens] says of its tokens.
 
@@ -78,13 +74,9 @@ def attend_and_score(
         scale: What `q @ k` is multiplied by.
         blocks: Of [`block_count`][]; `N` is a multiple of it.
         question_rows: The most tokens that a question has, in samples with vision.
-        ranking: Name.
-        layer: Which layer.
-        budget: As of `rank_tokens`.
-        budget_of: As of `rank_tokens`.
+        **options: `ranking`, `layer`, `budget` and `budget_of`, as of `rank_tokens`.
     """
     attended = _InBlocks(query, key, value, roles, scale, blocks, question_rows)
-    options: dict[str, Any] = {"ranking": ranking, "layer": layer, "budget": budget, "budget_of": budget_of}
     ranks = rank_by_walk(key, roles, query.shape[2], attended.walk, **options)
     return Scored(attended.attend_all(), *ranks)
 

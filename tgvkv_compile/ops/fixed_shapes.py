@@ -6,6 +6,8 @@ bisection on the bits of float32, a fixed number of compare-and-sum steps, and s
 here: whole numbers, exact below `2 ** 24` tokens.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -138,7 +140,21 @@ def pack_columns(keep: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     return torch.where(filled, columns, 0), filled
 
 
-def pack_layer(key: Tensor, value: Tensor, positions: Tensor, keep: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+class PackedLayer(NamedTuple):
+    """A layer's slots; what stands in an empty one is finite if the first token's entry is, and nothing else.
+
+    Attributes:
+        key: `[B, Hkv, C, D]`.
+        value: `[B, Hkv, C, D]`.
+        slot_position: int64 `[B, C]`, -1 where a slot is empty.
+    """
+
+    key: Tensor
+    value: Tensor
+    slot_position: Tensor
+
+
+def pack_layer(key: Tensor, value: Tensor, positions: Tensor, keep: Tensor, capacity: int) -> PackedLayer:
     """A layer's kept entries in `capacity` slots of its own, in position order.
 
     Args:
@@ -147,14 +163,10 @@ def pack_layer(key: Tensor, value: Tensor, positions: Tensor, keep: Tensor, capa
         positions: int64 `[B, N]`, -1 at padding.
         keep: `[B, N]` bool.
         capacity: Slots, `C`.
-
-    Returns:
-        `key [B, Hkv, C, D]`, `value [B, Hkv, C, D]` and `slot_position [B, C]` int64, -1 where a slot is empty; what stands in
-        an empty slot of the others is finite if the first token's entry is, and nothing else.
     """
     columns, filled = pack_columns(keep, capacity)
 
     def packed(entries: Tensor) -> Tensor:
         return entries.gather(2, columns[:, None, :, None].expand(-1, entries.shape[1], -1, entries.shape[3]))
 
-    return packed(key), packed(value), torch.where(filled, positions.gather(1, columns), -1)
+    return PackedLayer(packed(key), packed(value), torch.where(filled, positions.gather(1, columns), -1))

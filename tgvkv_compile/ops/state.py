@@ -1,6 +1,7 @@
 """The tensors of a compact cache, in the order in which rewritten graphs take and return them."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -30,6 +31,32 @@ class CompactState(NamedTuple):
     protect_from: Tensor
     keep_rate: Tensor
     lengths: Tensor
+
+
+class Prefilled(NamedTuple):
+    """What a prefill tells beside its `CompactState`, at the end of its outputs, in this order.
+
+    Attributes:
+        history: bool `[B, N]`, which positions are vision.
+        room: int64 `[]`, decode steps that every segment has slots for.
+        valid: bool `[B, N]`, which columns of the prompt are not padding; None: all of them.
+    """
+
+    history: Tensor
+    room: Tensor
+    valid: Tensor | None
+
+
+class Choice(NamedTuple):
+    """Which of a layer's candidates a turn with new vision keeps.
+
+    Attributes:
+        keep: bool `[B, W + Q]`.
+        positions: int64 `[B, W + Q]`, of the candidates; -1 where there is none.
+    """
+
+    keep: Tensor
+    positions: Tensor
 
 
 class Reselected(NamedTuple):
@@ -64,3 +91,17 @@ class Survivors(NamedTuple):
     key: Tensor
     value: Tensor
     positions: Tensor
+
+
+def split_off(results: Sequence[Any], record: Any) -> tuple[list[Any], Any]:
+    """Takes a record off the end of what a graph returned.
+
+    Args:
+        results: Of the graph.
+        record: A `NamedTuple` class.
+
+    Returns:
+        The results before it, and the record.
+    """
+    end = len(results) - len(record._fields)
+    return list(results[:end]), record(*results[end:])

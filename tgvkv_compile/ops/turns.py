@@ -5,7 +5,7 @@ order (-1 where a sample has fewer), and behind them the `Q` new tokens. Scores,
 prefill; what is particular to a turn stands here.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,21 +38,35 @@ def extend_history(history: Tensor, new: Roles) -> Tensor:
     return torch.cat([history, room], dim=1).scatter(1, index, new.vision)[:, :-1]
 
 
-def whole_past(mask: Tensor | None, past: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+class WholePast(NamedTuple):
+    """What a turn knows of an uncompressed past.
+
+    Attributes:
+        history: bool `[B, S]`, which positions are vision.
+        lengths: int64 `[B]`, tokens.
+        positions: int64 `[B, S]`, of each column, -1 for padding.
+    """
+
+    history: Tensor
+    lengths: Tensor
+    positions: Tensor
+
+
+def whole_past(mask: Tensor | None, past: Tensor) -> WholePast:
     """What a turn knows of an uncompressed past: all of it is there, and none of it is vision.
 
     Args:
         mask: `[B|1, 1|H, Q, S + Q]`, which tells the padding in the past; None: there is none.
         past: `[B, Hkv, S, D]`.
-
-    Returns:
-        bool `[B, S]`, which positions are vision; int64 `[B]`, tokens; int64 `[B, S]`, the position of each column, -1 for
-        padding.
     """
     length = past.shape[2]
     valid = torch.ones_like(past[:, 0, :, 0], dtype=torch.bool) if mask is None else valid_columns(mask, past)[:, :length]
     count = valid.to(torch.int64).cumsum(1)
-    return torch.zeros_like(valid), valid.to(torch.int64).sum(1), torch.where(valid, count - 1, -1)
+    return WholePast(
+        history=torch.zeros_like(valid),
+        lengths=valid.to(torch.int64).sum(1),
+        positions=torch.where(valid, count - 1, -1),
+    )
 
 
 def whole_rate(past: Tensor, num_layers: int) -> Tensor:

@@ -2,26 +2,49 @@
 
 from typing import Any
 
+import torch
 from torch.fx import GraphModule, Node
 
 from tgvkv_compile.errors import InternalError
 from tgvkv_compile.fx.dead_code import remove_dead
 from tgvkv_compile.fx.insert import insert_call, insert_placeholder
-from tgvkv_compile.fx.meta import output_nodes
+from tgvkv_compile.fx.meta import fake_tensor, output_nodes
 from tgvkv_compile.ops.continue_step import advance_lengths
 from tgvkv_compile.ops.state import CompactState
+from tgvkv_compile.passes.rewrite import ArenaSizes, Rewrite
 from tgvkv_compile.plan import Plan
 
 
-def insert_state(gm: GraphModule, state: CompactState) -> CompactState:
+def insert_state(rewrite: Rewrite) -> CompactState:
     """Appends one graph input per tensor of the state.
 
     Returns:
         The inputs' nodes, in a `CompactState`.
     """
-    fields = zip(CompactState._fields, state, strict=True)
-    nodes: Any = [insert_placeholder(gm, f"tgvkv_{name}", value) for name, value in fields]
-    return CompactState(*nodes)
+    fields = _fake_state(rewrite)._asdict().items()
+    nodes: Any = {name: insert_placeholder(rewrite.gm, f"tgvkv_{name}", fake) for name, fake in fields}
+    return CompactState(**nodes)
+
+
+def _fake_state(rewrite: Rewrite) -> CompactState:
+    """Fake tensors of a compact state of the graph's shapes; the arena's size is symbolic."""
+    key = fake_tensor(rewrite.plan.sites[0].key.node)
+    value = fake_tensor(rewrite.plan.sites[0].value.node)
+    batch, heads, _, dim = key.shape
+    device, env = key.device, rewrite.environment
+    slots = env.symbol("tgvkv_slots", rewrite.get(ArenaSizes).slots)
+    arena, per_layer = (batch, heads, slots, dim), (batch, rewrite.plan.num_layers)
+    return CompactState(
+        key_arena=env.tensor(arena, key.dtype, device),
+        value_arena=env.tensor(arena, value.dtype, device),
+        slot_position=env.tensor((batch, slots), torch.int32, device),
+        segment_start=env.tensor(per_layer, torch.int64, device),
+        segment_len=env.tensor(per_layer, torch.int64, device),
+        next_slot=env.tensor(per_layer, torch.int64, device),
+        protect_from=env.tensor(per_layer, torch.int64, device),
+        keep_rate=env.tensor(per_layer, torch.float32, device),
+        lengths=env.tensor((batch,), torch.int64, device),
+    )
 
 
 def close(gm: GraphModule, plan: Plan, state: CompactState, mask: Node | None) -> None:

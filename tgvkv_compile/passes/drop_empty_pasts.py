@@ -2,12 +2,11 @@
 
 import dataclasses
 
-from torch.fx import GraphModule
+from tgvkv_compile.passes.rewrite import Rewrite
+from tgvkv_compile.plan import KVAppend
 
-from tgvkv_compile.plan import KVAppend, Plan
 
-
-def drop_empty_pasts(gm: GraphModule, plan: Plan) -> Plan:
+def drop_empty_pasts(rewrite: Rewrite) -> None:
     """Takes the new entries in place of their append to the empty cache; engines join no tensors of different ranks.
 
     Before::
@@ -18,14 +17,11 @@ def drop_empty_pasts(gm: GraphModule, plan: Plan) -> Plan:
     After: every use of `%keys_l` is one of `%k_l`.
 
     Requires: a prefill plan. Ensures: no append has a node of its own.
-
-    Returns:
-        The plan with the new appends.
     """
 
     def drop(append: KVAppend) -> KVAppend:
         append.node.replace_all_uses_with(append.new)
         return dataclasses.replace(append, node=append.new)
 
-    sites = [dataclasses.replace(site, key=drop(site.key), value=drop(site.value)) for site in plan.sites]
-    return dataclasses.replace(plan, sites=tuple(sites))
+    sites = [dataclasses.replace(site, key=drop(site.key), value=drop(site.value)) for site in rewrite.plan.sites]
+    rewrite.plan = dataclasses.replace(rewrite.plan, sites=tuple(sites))

@@ -1,20 +1,17 @@
 """Extract: the few nodes that tell, before a prefill runs, how many vision tokens each sample has."""
 
-import copy
+from torch.fx import Node
 
-from torch.fx import GraphModule, Node
-
-from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.fx.dead_code import remove_dead
 from tgvkv_compile.fx.insert import insert_call
 from tgvkv_compile.ops.graph_masks import valid_columns, vision_positions
 from tgvkv_compile.ops.packing import count_vision
 from tgvkv_compile.ops.roles import token_roles
-from tgvkv_compile.plan import Plan
+from tgvkv_compile.passes.rewrite import Rewrite
 
 
-def extract_vision_count(gm: GraphModule, plan: Plan, config: EvictionConfig) -> GraphModule:
-    """Makes a graph of its own; `gm` is not changed.
+def extract_vision_count(rewrite: Rewrite) -> None:
+    """Leaves of a prefill what counts its vision tokens, and nothing else.
 
     With `budget_of="vision"` all text is kept, so the arena's size depends on how much of the prompt is vision.
 
@@ -22,26 +19,22 @@ def extract_vision_count(gm: GraphModule, plan: Plan, config: EvictionConfig) ->
 
         return (%keys_0, %values_0, ..., %logits)
 
-    After, in the copy::
+    After::
 
         %tgvkv_count : i64[B] = count_vision(token_roles(vision_positions((%mask,)), %valid))
         return (%tgvkv_count,)                                  # all else is dead and gone
 
-    Requires: a prefill plan.
+    Requires: a prefill plan; `materialise_masks` ran. Ensures: the graph takes the inputs that the prefill does.
     """
-    other = copy.deepcopy(gm)
-    twin = dict(zip(gm.graph.nodes, other.graph.nodes, strict=True))
+    gm, plan = rewrite.gm, rewrite.plan
     assert plan.modality is not None
-    first = plan.sites[0]
-    with other.graph.inserting_before(other.graph.output_node()):
-        masks = tuple(twin[mask] for mask in plan.modality.masks)
-        vision = insert_call(other, vision_positions, masks, name="tgvkv_vision")
+    first, masks = plan.sites[0], tuple(plan.modality.masks)
+    with gm.graph.inserting_before(gm.graph.output_node()):
+        vision = insert_call(gm, vision_positions, masks, name="tgvkv_vision")
         valid: Node | None = None
         if first.mask is not None:
-            valid = insert_call(other, valid_columns, twin[first.mask], masks[0], name="tgvkv_valid")
-        roles = insert_call(other, token_roles, vision, valid, name="tgvkv_roles")
-        count = insert_call(other, count_vision, roles, name="tgvkv_count", **config.constants())
-    other.graph.output_node().args = ((count,),)
-    remove_dead(other)
-    other.recompile()
-    return other
+            valid = insert_call(gm, valid_columns, first.mask, masks[0], name="tgvkv_valid")
+        roles = insert_call(gm, token_roles, vision, valid, name="tgvkv_roles")
+        count = insert_call(gm, count_vision, roles, name="tgvkv_count", **rewrite.config.constants())
+    gm.graph.output_node().args = ((count,),)
+    remove_dead(gm)

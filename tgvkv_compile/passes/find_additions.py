@@ -1,6 +1,5 @@
 """Find additions: where a decoder layer adds vision features to its vision tokens (Qwen3-VL's deepstack)."""
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -8,23 +7,7 @@ from torch.fx import GraphModule, Node
 
 from tgvkv_compile.fx.meta import fake_value, is_tensor
 from tgvkv_compile.fx.targets import argument, op_kind
-
-
-@dataclasses.dataclass(frozen=True)
-class FeatureAddition:
-    """One `hidden[mask] += features`.
-
-    Attributes:
-        node: The result, `[B, N, hidden]`.
-        hidden: `[B, N, hidden]`.
-        mask: bool `[B, N]`.
-        features: `[.., hidden]`, a row per True of the mask.
-    """
-
-    node: Node
-    hidden: Node
-    mask: Node
-    features: Node
+from tgvkv_compile.plan import FeatureAddition
 
 
 def find_additions(gm: GraphModule) -> tuple[FeatureAddition, ...]:

@@ -1,16 +1,13 @@
 """Insert budgeting: across layers, how many entries each layer keeps."""
 
-from torch.fx import GraphModule
-
-from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.fx.insert import insert_call
 from tgvkv_compile.ops.packing import allocate_layers, allocated_by
 from tgvkv_compile.passes.inserted import Budgets, Scores
+from tgvkv_compile.passes.rewrite import Rewrite
 from tgvkv_compile.passes.told import told
-from tgvkv_compile.plan import Plan
 
 
-def insert_budgeting(gm: GraphModule, plan: Plan, scores: Scores, config: EvictionConfig) -> Budgets:
+def insert_budgeting(rewrite: Rewrite) -> None:
     """Adds one call, after the last layer's scores.
 
     Before::
@@ -23,8 +20,9 @@ def insert_budgeting(gm: GraphModule, plan: Plan, scores: Scores, config: Evicti
 
     Requires: `insert_scoring` ran. Ensures: one allocation for the whole graph.
     """
-    options = config.constants()
+    config, scores = rewrite.config, rewrite.get(Scores)
     function = allocated_by(allocate_layers, config.budgeting)
-    with gm.graph.inserting_after(scores.tier[-1]), told("budgeting", config.budgeting):
-        allocation = insert_call(gm, function, scores.mass, scores.roles, name="tgvkv_budgets", **options)
-    return Budgets(allocation)
+    with rewrite.gm.graph.inserting_after(scores.tier[-1]), told("budgeting", config.budgeting):
+        given = (scores.mass, scores.roles)
+        allocation = insert_call(rewrite.gm, function, *given, name="tgvkv_budgets", **config.constants())
+    rewrite.leave(Budgets(allocation))

@@ -1,18 +1,13 @@
 """Insert capping: a layer's KV beyond what it could keep goes before the next layer's comes."""
 
-from torch.fx import GraphModule
-
-from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.fx.insert import insert_call, insert_item
 from tgvkv_compile.ops.capping import Capped, cap_layer
-from tgvkv_compile.passes.inserted import LayerCandidates, Scores
-from tgvkv_compile.plan import Plan
+from tgvkv_compile.passes.inserted import CappedLayers, LayerCandidates, Scores
+from tgvkv_compile.passes.rewrite import ArenaSizes, Rewrite
 
 
-def insert_capping(
-    gm: GraphModule, plan: Plan, scores: Scores, config: EvictionConfig, cap: float
-) -> tuple[LayerCandidates, ...]:
-    """Picks each layer's candidates right behind its scores.
+def insert_capping(rewrite: Rewrite) -> None:
+    """Picks each layer's candidates right behind its scores, where a prefill has a cap.
 
     Before::
 
@@ -28,10 +23,11 @@ def insert_capping(
 
     Requires: `insert_scoring` ran, in a prefill whose budget is of the whole prompt. Ensures: eviction needs no KV of the full
     length. Exact where no layer is to keep more than `C`, `cap` times the mean budget.
-
-    Returns:
-        What eviction is to choose from, per layer.
     """
+    cap = rewrite.get(ArenaSizes).prefill_cap
+    if cap is None:
+        return
+    gm, plan, config, scores = rewrite.gm, rewrite.plan, rewrite.config, rewrite.get(Scores)
     found = []
     for layer, (site, score, tier) in enumerate(zip(plan.sites, scores.score, scores.tier, strict=True)):
         with gm.graph.inserting_after(tier):
@@ -43,4 +39,4 @@ def insert_capping(
             with gm.graph.inserting_after(capped):
                 parts.append(insert_item(gm, capped, part, name=f"tgvkv_capped_{part}_{layer}"))
         found.append(LayerCandidates(*reversed(parts)))
-    return tuple(found)
+    rewrite.leave(CappedLayers(tuple(found)))

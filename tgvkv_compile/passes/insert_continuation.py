@@ -1,16 +1,13 @@
 """Insert continuation: a later turn's tokens join the compact cache and attend over it."""
 
-from torch.fx import GraphModule
-
 from tgvkv_compile.fx.insert import insert_call
 from tgvkv_compile.fx.meta import BEGINS
 from tgvkv_compile.ops.continue_step import continue_step
-from tgvkv_compile.ops.state import CompactState
 from tgvkv_compile.passes.cached import close, insert_state
-from tgvkv_compile.plan import Plan
+from tgvkv_compile.passes.rewrite import Rewrite
 
 
-def insert_continuation(gm: GraphModule, plan: Plan, state: CompactState) -> None:
+def insert_continuation(rewrite: Rewrite) -> None:
     """Replaces append and attention of every layer of a later turn (several queries); nothing is evicted.
 
     Before: as `insert_decode`, with Q queries and a mask over the logical sequence.
@@ -23,11 +20,11 @@ def insert_continuation(gm: GraphModule, plan: Plan, state: CompactState) -> Non
 
     Requires: a continuation plan. Ensures: as `insert_decode`.
     """
-    nodes = insert_state(gm, state)
+    gm, plan, state = rewrite.gm, rewrite.plan, insert_state(rewrite)
     for layer, site in enumerate(plan.sites):
         new = (site.query, site.key.new, site.value.new, site.mask)
         with gm.graph.inserting_before(site.node):
-            out = insert_call(gm, continue_step, *new, nodes, name=f"tgvkv_out_{layer}", layer=layer, scale=site.scale)
+            out = insert_call(gm, continue_step, *new, state, name=f"tgvkv_out_{layer}", layer=layer, scale=site.scale)
         out.meta[BEGINS] = True
         site.node.replace_all_uses_with(out)
-    close(gm, plan, nodes, plan.sites[0].mask)
+    close(gm, plan, state, plan.sites[0].mask)

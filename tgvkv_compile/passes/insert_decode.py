@@ -2,19 +2,15 @@
 
 from typing import Any
 
-from torch.fx import GraphModule
-
-from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.fx.insert import insert_call
 from tgvkv_compile.fx.meta import BEGINS
 from tgvkv_compile.ops.decode_step import decode_step
-from tgvkv_compile.ops.state import CompactState
 from tgvkv_compile.ops.tensor_parallel import tensor_parallel_decode_step
 from tgvkv_compile.passes.cached import close, insert_state
-from tgvkv_compile.plan import Plan
+from tgvkv_compile.passes.rewrite import Rewrite
 
 
-def insert_decode(gm: GraphModule, plan: Plan, config: EvictionConfig, state: CompactState) -> None:
+def insert_decode(rewrite: Rewrite) -> None:
     """Replaces append and attention of every layer by one operation on the compact cache.
 
     Before::
@@ -26,7 +22,7 @@ def insert_decode(gm: GraphModule, plan: Plan, config: EvictionConfig, state: Co
 
     After::
 
-        %tgvkv_key_arena ... : the nine tensors of CompactState = placeholders, updated in place
+        %tgvkv_key_arena ... : the tensors of CompactState = placeholders, updated in place
         %tgvkv_out_l : [B, H, 1, D] = decode_step(%q_l, %k_l, %v_l, <CompactState>, layer=l, ...)
         %tgvkv_lengths_next : i64[B] = advance_lengths(%tgvkv_lengths, None, %k_0)
         return (None, None, ..., %logits, %tgvkv_lengths_next)
@@ -35,14 +31,8 @@ def insert_decode(gm: GraphModule, plan: Plan, config: EvictionConfig, state: Co
     over the ranks before it chooses, by one functional all-reduce per layer.
 
     Requires: a decode plan. Ensures: no past is an input any more, no KV an output.
-
-    Args:
-        gm: The graph.
-        plan: Its plan.
-        config: The eviction options.
-        state: Fake values of the new inputs.
     """
-    nodes = insert_state(gm, state)
+    gm, plan, state = rewrite.gm, rewrite.plan, insert_state(rewrite)
     function: Any = decode_step
     split: dict[str, str] = {}
     if plan.tensor_parallel is not None:
@@ -55,14 +45,14 @@ def insert_decode(gm: GraphModule, plan: Plan, config: EvictionConfig, state: Co
                 site.query,
                 site.key.new,
                 site.value.new,
-                nodes,
+                state,
                 name=f"tgvkv_out_{layer}",
                 layer=layer,
                 scale=site.scale,
-                decode=config.decode,
-                sink_tokens=config.sink_tokens,
+                decode=rewrite.config.decode,
+                sink_tokens=rewrite.config.sink_tokens,
                 **split,
             )
         out.meta[BEGINS] = True
         site.node.replace_all_uses_with(out)
-    close(gm, plan, nodes, None)
+    close(gm, plan, state, None)

@@ -4,27 +4,19 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.fx.dead_code import pin
 from tgvkv_compile.fx.insert import insert_call, insert_item, insert_placeholder
 from tgvkv_compile.fx.meta import BEGINS, output_nodes
 from tgvkv_compile.ops import packing
 from tgvkv_compile.ops.retention import retain
+from tgvkv_compile.ops.state import CompactState, Prefilled
 from tgvkv_compile.ops.turns import vision_history
-from tgvkv_compile.passes.inserted import Budgets, LayerCandidates, Scores
+from tgvkv_compile.passes.inserted import Budgets, CappedLayers, LayerCandidates, Scores
+from tgvkv_compile.passes.rewrite import ArenaSizes, Rewrite
 from tgvkv_compile.plan import Plan
 
 
-def insert_eviction(
-    gm: GraphModule,
-    plan: Plan,
-    scores: Scores,
-    budgets: Budgets,
-    config: EvictionConfig,
-    reserve: int,
-    slots: Any,
-    capped: tuple[LayerCandidates, ...] | None = None,
-) -> None:
+def insert_eviction(rewrite: Rewrite) -> None:
     """Ranks, packs and returns the compact state in place of the appended KV.
 
     Before::
@@ -42,35 +34,28 @@ def insert_eviction(
         %tgvkv_evict_l : None          = evict_into(%tgvkv_arena, %keys_l, %values_l, %tgvkv_keep_l, ...)
         %tgvkv_state   : Bookkeeping   = open_segments((%tgvkv_keep_0, ...), (%tgvkv_roles, ...), %tgvkv_starts)
         %tgvkv_history : b8[B, N]      = vision_history(%tgvkv_roles)
-        return (None, None, ..., %logits, <CompactState>, %tgvkv_history, %tgvkv_room, %tgvkv_valid or None)
+        return (None, None, ..., %logits, <CompactState>, <Prefilled>)
 
     Requires: `insert_budgeting` ran. Ensures: no output holds KV of the full length; the outputs keep their places,
-    with None where KV was, followed by the nine tensors of `CompactState`, which positions are vision (for later turns), the
-    decode steps that there is room for, and the validity of the prompt's columns.
-
-    Args:
-        gm: The graph.
-        plan: Its plan.
-        scores: From `insert_scoring`.
-        budgets: From `insert_budgeting`.
-        config: The eviction options.
-        reserve: Decode steps to leave room for.
-        slots: The fake value of the new input, T.
-        capped: From `insert_capping`, in place of each layer's KV, scores and roles; None where it did not run.
+    with None where KV was, followed by the tensors of `CompactState` and of `Prefilled`.
+    Where `insert_capping` capped, what it left is in the place of each layer's KV, scores and roles.
     """
+    gm, plan, config = rewrite.gm, rewrite.plan, rewrite.config
+    scores, budgets, sizes = rewrite.get(Scores), rewrite.get(Budgets), rewrite.get(ArenaSizes)
+    capped = rewrite.has(CappedLayers)
+    chosen = rewrite.get(CappedLayers).layers if capped else _all_tokens(plan, scores)
     outputs = output_nodes(gm)
     options = config.constants()
-    slots_node = insert_placeholder(gm, "tgvkv_slots", slots)
+    slots = insert_placeholder(gm, "tgvkv_slots", rewrite.environment.symbol("tgvkv_slots", sizes.slots))
     with gm.graph.inserting_before(gm.graph.output_node()):
         call = _Caller(gm)
         kept = call.item(budgets.allocation, "kept", "tgvkv_kept")
         rate = call.item(budgets.allocation, "rate", "tgvkv_rate")
         positions = call.item(scores.roles, "positions", "tgvkv_positions")
         lengths = call.item(scores.roles, "lengths", "tgvkv_lengths")
-        chosen = capped if capped is not None else _all_tokens(plan, scores)
-        arena = call(packing.new_arena, chosen[0].key, chosen[0].value, slots_node, name="tgvkv_arena")
+        arena = call(packing.new_arena, chosen[0].key, chosen[0].value, slots, name="tgvkv_arena")
         shared = (budgets.allocation, lengths)
-        room = call(packing.fitting_reserve, *shared, arena, reserve, name="tgvkv_room", **options)
+        room = call(packing.fitting_reserve, *shared, arena, sizes.reserve, name="tgvkv_room", **options)
         starts = call(packing.segment_starts, *shared, room, name="tgvkv_starts", **options)
         counts = call.items(call(packing.by_layer, kept, name="tgvkv_counts"), plan.num_layers, "tgvkv_kept")
         first = call.items(call(packing.by_layer, starts, name="tgvkv_firsts"), plan.num_layers, "tgvkv_start")
@@ -80,20 +65,29 @@ def insert_eviction(
             keep = call(retain, *ranked, name=f"tgvkv_keep_{layer}", sink_tokens=config.sink_tokens)
             keep.meta[BEGINS] = True
             keeps.append(keep)
-            if capped is not None:
+            if capped:
                 positions = call.item(candidates.roles, "positions", f"tgvkv_positions_{layer}")
             kv = (candidates.key, candidates.value)
             pin(call(packing.evict_into, arena, *kv, keep, positions, first[layer], name=f"tgvkv_evict_{layer}"))
         roles = tuple(candidates.roles for candidates in chosen)
         opened = call(packing.open_segments, tuple(keeps), roles, starts, name="tgvkv_state")
         opened.meta[BEGINS] = True
-        arenas = [call.item(arena, field, f"tgvkv_out_{index}") for index, field in enumerate(packing.Arena._fields)]
-        books = [call.item(opened, field, f"tgvkv_out_{index}") for index, field in enumerate(packing.Bookkeeping._fields, 4)]
-        state = [*arenas, starts, *books, rate, lengths]  # as `CompactState` has them
+        state: dict[str, Any] = {
+            "key_arena": call.item(arena, "key", "tgvkv_key_arena"),
+            "value_arena": call.item(arena, "value", "tgvkv_value_arena"),
+            "slot_position": call.item(arena, "slot_position", "tgvkv_slot_position"),
+            "segment_start": starts,
+            "segment_len": call.item(opened, "segment_len", "tgvkv_segment_len"),
+            "next_slot": call.item(opened, "next_slot", "tgvkv_next_slot"),
+            "protect_from": call.item(opened, "protect_from", "tgvkv_protect_from"),
+            "keep_rate": rate,
+            "lengths": lengths,
+        }
         history = call(vision_history, scores.roles, name="tgvkv_history")
+        told: dict[str, Any] = {"history": history, "room": room, "valid": scores.valid}
     for site in plan.sites:
         outputs[site.key.output] = outputs[site.value.output] = None
-    gm.graph.output_node().args = ((*outputs, *state, history, room, scores.valid),)
+    gm.graph.output_node().args = ((*outputs, *CompactState(**state), *Prefilled(**told)),)
 
 
 def _all_tokens(plan: Plan, scores: Scores) -> tuple[LayerCandidates, ...]:

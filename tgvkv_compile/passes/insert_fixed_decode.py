@@ -2,20 +2,19 @@
 
 from typing import Any
 
-from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
-from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.fx.insert import insert_call, insert_item, insert_placeholder
 from tgvkv_compile.fx.meta import output_nodes
 from tgvkv_compile.ops.continue_step import advance_lengths
 from tgvkv_compile.ops.fixed_decode import fixed_decode_step, stack_layers
+from tgvkv_compile.ops.fixed_shapes import PackedLayer
 from tgvkv_compile.ops.packing import by_layer
 from tgvkv_compile.passes.cached import drop_pasts, past_inputs
-from tgvkv_compile.plan import Plan
+from tgvkv_compile.passes.rewrite import FixedDecode, Rewrite
 
 
-def insert_fixed_decode(gm: GraphModule, plan: Plan, config: EvictionConfig, state: dict[str, Tensor]) -> None:
+def insert_fixed_decode(rewrite: Rewrite) -> None:
     """Replaces append and attention of every layer by one step on its slots.
 
     Before::
@@ -29,20 +28,15 @@ def insert_fixed_decode(gm: GraphModule, plan: Plan, config: EvictionConfig, sta
 
         %key_l, %value_l, %slot_position_l, ..., %protect_from, %keep_rate, %lengths = placeholders
         %tgvkv_step_l : Stepped      = fixed_decode_step(%q_l, %k_l, %v_l, %key_l, %value_l, %slot_position_l, ...)
-        %out_l        : [B, H, 1, D] = %tgvkv_step_l[0]
+        %out_l        : [B, H, 1, D] = %tgvkv_step_l.output
         return (%logits, key_0, value_0, slot_position_0, ..., protect_from, advance_lengths(%lengths))
 
     Requires: a decode plan of a graph whose first output is the logits. Ensures: no past of another length is an input any
     more; nothing that comes in is written to.
-
-    Args:
-        gm: The graph.
-        plan: Its plan.
-        config: The eviction options.
-        state: Fake values of the new inputs, by name, in the order in which prefill returns them.
     """
+    gm, plan, config = rewrite.gm, rewrite.plan, rewrite.config
     logits = output_nodes(gm)[0]
-    inputs = {name: insert_placeholder(gm, name, value) for name, value in state.items()}
+    inputs = {name: insert_placeholder(gm, name, value) for name, value in rewrite.get(FixedDecode).state.items()}
     protect, rate, lengths = inputs["protect_from"], inputs["keep_rate"], inputs["lengths"]
     returned: list[Node] = [logits]
     protected = []
@@ -57,7 +51,7 @@ def insert_fixed_decode(gm: GraphModule, plan: Plan, config: EvictionConfig, sta
                 site.query,
                 site.key.new,
                 site.value.new,
-                *(inputs[f"{name}_{layer}"] for name in ("key", "value", "slot_position")),
+                *(inputs[f"{part}_{layer}"] for part in PackedLayer._fields),
                 *own,
                 lengths,
                 site.scale,
@@ -65,11 +59,10 @@ def insert_fixed_decode(gm: GraphModule, plan: Plan, config: EvictionConfig, sta
                 config.sink_tokens,
                 name=f"tgvkv_step_{layer}",
             )
-            names = ("output", "next_key", "next_value", "next_slot_position", "next_protect_from")
-            out, *rest = (insert_item(gm, step, place, name=f"tgvkv_{name}_{layer}") for place, name in enumerate(names))
+            out = insert_item(gm, step, "output", name=f"tgvkv_output_{layer}")
+            returned += [insert_item(gm, step, part, name=f"tgvkv_next_{part}_{layer}") for part in PackedLayer._fields]
+            protected.append(insert_item(gm, step, "protect_from", name=f"tgvkv_next_protect_from_{layer}"))
         site.node.replace_all_uses_with(out)
-        returned += rest[:3]
-        protected.append(rest[3])
     with gm.graph.inserting_before(gm.graph.output_node()):
         following = insert_call(gm, stack_layers, tuple(protected), name="tgvkv_next_protect_from")
         new = plan.sites[0].key.new

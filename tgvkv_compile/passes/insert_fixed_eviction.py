@@ -1,19 +1,16 @@
 """Insert fixed eviction: every layer of an exported prefill packs what it keeps into slots of its own."""
 
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
-from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.fx.insert import insert_call, insert_item
 from tgvkv_compile.fx.meta import output_nodes
 from tgvkv_compile.ops.fixed_prefill import first_protected, fit_layers
-from tgvkv_compile.ops.fixed_shapes import pack_layer, retain_layers
+from tgvkv_compile.ops.fixed_shapes import PackedLayer, pack_layer, retain_layers
 from tgvkv_compile.passes.inserted import Scores
-from tgvkv_compile.plan import Plan
+from tgvkv_compile.passes.rewrite import FixedPrefill, Rewrite
 
 
-def insert_fixed_eviction(
-    gm: GraphModule, plan: Plan, scores: Scores, config: EvictionConfig, capacities: tuple[int, ...], new_tokens: int
-) -> None:
+def insert_fixed_eviction(rewrite: Rewrite) -> None:
     """Budgets, ranks, packs and returns the compact cache in place of the appended KV.
 
     Before::
@@ -24,36 +21,28 @@ def insert_fixed_eviction(
 
         %tgvkv_budgets  : (i64[B, L], f32[B, L])      = fit_layers((%tgvkv_mass_0, ...), %tgvkv_roles, capacities, new_tokens)
         %tgvkv_keep     : b8[B, N] * L                = retain_layers((%tgvkv_score_0, ...), (%tgvkv_tier_0, ...), ...)
-        %tgvkv_packed_l : (K, V, slot_position)       = pack_layer(%keys_l, %values_l, positions, %tgvkv_keep[l], C_l)
+        %tgvkv_packed_l : PackedLayer                 = pack_layer(%keys_l, %values_l, positions, %tgvkv_keep[l], C_l)
         %tgvkv_protect_from : i64[B, L]               = first_protected(%tgvkv_keep, %tgvkv_roles)
         return (%logits, K_0, V_0, slot_position_0, ..., %tgvkv_protect_from, rate, lengths)
 
-    Requires: `insert_fixed_scoring` ran. Ensures: the cache that is returned has the plan's capacities and no more.
-
-    Args:
-        gm: The graph; its first output is the logits, the others are the KV.
-        plan: Its plan.
-        scores: From `insert_fixed_scoring`.
-        config: The eviction options.
-        capacities: Slots of each layer.
-        new_tokens: The decode steps that must find room.
+    Requires: `insert_fixed_scoring` ran; the graph's first output is the logits, the others are the KV. Ensures: the cache
+    that is returned has the capacities of the budget plan and no more.
     """
+    gm, config, scores, sizes = rewrite.gm, rewrite.config, rewrite.get(Scores), rewrite.get(FixedPrefill)
     logits = output_nodes(gm)[0]
     options = config.constants()
     with gm.graph.inserting_before(gm.graph.output_node()):
-        budgets = insert_call(
-            gm, fit_layers, scores.mass, scores.roles, capacities, new_tokens, name="tgvkv_budgets", **options
-        )
+        wanted = (scores.mass, scores.roles, sizes.capacities, sizes.new_tokens)
+        budgets = insert_call(gm, fit_layers, *wanted, name="tgvkv_budgets", **options)
         kept, rate = (insert_item(gm, budgets, field, name=f"tgvkv_{field}") for field in ("kept", "rate"))
         positions, lengths = (insert_item(gm, scores.roles, field, name=f"tgvkv_{field}") for field in ("positions", "lengths"))
         ranked = (scores.score, scores.tier, scores.roles, kept)
         keeps = insert_call(gm, retain_layers, *ranked, name="tgvkv_keep", sink_tokens=config.sink_tokens)
         returned: list[Node] = [logits]
-        for layer, site in enumerate(plan.sites):
+        for layer, site in enumerate(rewrite.plan.sites):
             keep = insert_item(gm, keeps, layer, name=f"tgvkv_keep_{layer}")
             kv = (site.key.node, site.value.node)
-            packed = insert_call(gm, pack_layer, *kv, positions, keep, capacities[layer], name=f"tgvkv_packed_{layer}")
-            names = (f"tgvkv_key_{layer}", f"tgvkv_value_{layer}", f"tgvkv_slots_{layer}")
-            returned += [insert_item(gm, packed, place, name=name) for place, name in enumerate(names)]
+            packed = insert_call(gm, pack_layer, *kv, positions, keep, sizes.capacities[layer], name=f"tgvkv_packed_{layer}")
+            returned += [insert_item(gm, packed, part, name=f"tgvkv_{part}_{layer}") for part in PackedLayer._fields]
         protect = insert_call(gm, first_protected, keeps, scores.roles, name="tgvkv_protect_from")
     gm.graph.output_node().args = ((*returned, protect, rate, lengths),)

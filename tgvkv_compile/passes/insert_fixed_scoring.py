@@ -1,17 +1,14 @@
 """Insert fixed scoring: attention and scores of an exported prefill, in blocks of rows."""
 
-from torch.fx import GraphModule, Node
+import dataclasses
 
-from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.fx.insert import insert_call, insert_item
 from tgvkv_compile.ops.fixed_prefill import attend_and_score, roles_from_mask
 from tgvkv_compile.passes.inserted import Scores
-from tgvkv_compile.plan import Plan
+from tgvkv_compile.passes.rewrite import FixedPrefill, Rewrite
 
 
-def insert_fixed_scoring(
-    gm: GraphModule, plan: Plan, config: EvictionConfig, attention_mask: Node, *, blocks: int, question_rows: int
-) -> Scores:
+def insert_fixed_scoring(rewrite: Rewrite) -> None:
     """Replaces every attention by one that scores as well.
 
     Before::
@@ -22,27 +19,17 @@ def insert_fixed_scoring(
 
         %tgvkv_roles    : Roles  = roles_from_mask((%modality_mask,), %attention_mask)
         %tgvkv_scored_l : Scored = attend_and_score(%q_l, %keys_l, %values_l, %tgvkv_roles, scale, blocks, question_rows)
-        %out_l          : [B, H, N, D] = %tgvkv_scored_l[0]
+        %out_l          : [B, H, N, D] = %tgvkv_scored_l.output
 
     Requires: a prefill plan whose masks are causal among valid tokens: they are not read any more. Ensures: no node holds
-    `[.., N, N]`, and none has a shape that depends on data.
-
-    Args:
-        gm: The graph.
-        plan: Its plan.
-        config: The eviction options.
-        attention_mask: int64 `[B, N]`, 0 at padding.
-        blocks: How many blocks of rows.
-        question_rows: The most tokens of a question.
-
-    Returns:
-        The inserted nodes, for the passes that follow.
+    `[.., N, N]`, and none has a shape that depends on data; no site
+    has a mask.
     """
+    gm, plan, config, sizes = rewrite.gm, rewrite.plan, rewrite.config, rewrite.get(FixedPrefill)
     assert plan.modality is not None
     masses, scores, tiers = [], [], []
-    options = {"ranking": config.ranking, "budget": config.budget, "budget_of": config.budget_of}
     with gm.graph.inserting_before(plan.sites[0].node):
-        roles = insert_call(gm, roles_from_mask, tuple(plan.modality.masks), attention_mask, name="tgvkv_roles")
+        roles = insert_call(gm, roles_from_mask, tuple(plan.modality.masks), sizes.attention_mask, name="tgvkv_roles")
     for layer, site in enumerate(plan.sites):
         with gm.graph.inserting_before(site.node):
             scored = insert_call(
@@ -53,15 +40,16 @@ def insert_fixed_scoring(
                 site.value.node,
                 roles,
                 site.scale,
-                blocks,
-                question_rows,
+                sizes.blocks,
+                sizes.question_rows,
                 name=f"tgvkv_scored_{layer}",
                 layer=layer,
-                **options,
+                **config.for_ranking(),
             )
             out = insert_item(gm, scored, "output", name=f"tgvkv_output_{layer}")
             masses.append(insert_item(gm, scored, "mass", name=f"tgvkv_mass_{layer}"))
             scores.append(insert_item(gm, scored, "score", name=f"tgvkv_score_{layer}"))
             tiers.append(insert_item(gm, scored, "tier", name=f"tgvkv_tier_{layer}"))
         site.node.replace_all_uses_with(out)
-    return Scores(roles, attention_mask, tuple(masses), tuple(scores), tuple(tiers))
+    rewrite.plan = dataclasses.replace(plan, sites=tuple(dataclasses.replace(site, mask=None) for site in plan.sites))
+    rewrite.leave(Scores(roles, sizes.attention_mask, tuple(masses), tuple(scores), tuple(tiers)))

@@ -1,15 +1,12 @@
 """Insert gathers: vision features find their tokens by a prefix sum, not by a mask whose True values are counted."""
 
-from torch.fx import GraphModule
-
 from tgvkv_compile.fx.insert import insert_call
 from tgvkv_compile.fx.targets import argument, op_kind
 from tgvkv_compile.ops.merging import add_features, merge_features
-from tgvkv_compile.passes.find_additions import FeatureAddition
-from tgvkv_compile.plan import Plan
+from tgvkv_compile.passes.rewrite import Rewrite
 
 
-def insert_gathers(gm: GraphModule, plan: Plan, additions: tuple[FeatureAddition, ...]) -> None:
+def insert_gathers(rewrite: Rewrite) -> None:
     """Replaces every merge and every addition of vision features.
 
     Before::
@@ -24,12 +21,8 @@ def insert_gathers(gm: GraphModule, plan: Plan, additions: tuple[FeatureAddition
         %node   : [B, N, hidden] = add_features(%hidden, %mask, %deep_features)
 
     Requires: a prefill plan. Ensures: no length depends on data. A merge written as a `where` is left as it is.
-
-    Args:
-        gm: The graph.
-        plan: Its plan.
-        additions: From `find_additions`.
     """
+    gm, plan = rewrite.gm, rewrite.plan
     assert plan.modality is not None
     for number, merge in enumerate(plan.modality.merges):
         if op_kind(merge) != "masked_scatter":
@@ -38,7 +31,7 @@ def insert_gathers(gm: GraphModule, plan: Plan, additions: tuple[FeatureAddition
         with gm.graph.inserting_before(merge):
             merged = insert_call(gm, merge_features, embeds, mask, features, name=f"tgvkv_merged_{number}")
         merge.replace_all_uses_with(merged)
-    for number, addition in enumerate(additions):
+    for number, addition in enumerate(plan.additions):
         with gm.graph.inserting_before(addition.node):
             added = insert_call(
                 gm, add_features, addition.hidden, addition.mask, addition.features, name=f"tgvkv_added_{number}"

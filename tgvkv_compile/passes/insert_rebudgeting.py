@@ -2,23 +2,22 @@
 
 from typing import Any
 
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
-from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.fx.insert import insert_call, insert_item
 from tgvkv_compile.fx.meta import output_nodes
 from tgvkv_compile.ops.packing import allocated_by, by_layer, protected_from
 from tgvkv_compile.ops.retention import retain
-from tgvkv_compile.ops.state import Reselected
+from tgvkv_compile.ops.state import Choice, Reselected
 from tgvkv_compile.ops.turns import allocate_again, extend_history
 from tgvkv_compile.passes.cached import drop_pasts
 from tgvkv_compile.passes.insert_scoring import rank_layers
 from tgvkv_compile.passes.inserted import Candidates
+from tgvkv_compile.passes.rewrite import Rewrite
 from tgvkv_compile.passes.told import told
-from tgvkv_compile.plan import Plan
 
 
-def insert_rebudgeting(gm: GraphModule, plan: Plan, candidates: Candidates, config: EvictionConfig) -> None:
+def insert_rebudgeting(rewrite: Rewrite) -> None:
     """Says which candidates of every layer are kept; the runtime packs them into a new arena.
 
     Before::
@@ -31,27 +30,22 @@ def insert_rebudgeting(gm: GraphModule, plan: Plan, candidates: Candidates, conf
         %tgvkv_ranks_l   : TokenRanks     = rank_tokens(%q_l, %tgvkv_keys_l, %tgvkv_roles_l, %tgvkv_mask_l, ...)
         %tgvkv_budgets   : Allocation     = allocate_again((%tgvkv_mass_0, ...), (%tgvkv_roles_0, ...), %tgvkv_history, ...)
         %tgvkv_keep_l    : b8[B, W_l+Q]   = retain(%tgvkv_score_l, %tgvkv_tier_l, %tgvkv_roles_l, kept[:, l])
-        %tgvkv_at_l      : i64[B, W_l+Q]  = %tgvkv_roles_l[3]
+        %tgvkv_at_l      : i64[B, W_l+Q]  = %tgvkv_roles_l.positions
         %tgvkv_protected : i64[B, L]      = protected_from((%tgvkv_keep_0, ...), (%tgvkv_roles_0, ...))
         %tgvkv_seen      : b8[B, P+Q]     = extend_history(%tgvkv_history, %tgvkv_new)
-        return (%tgvkv_keys_0, %tgvkv_values_0, ..., %logits, %tgvkv_keep_0, %tgvkv_at_0, ..., <Reselected>)
+        return (%tgvkv_keys_0, %tgvkv_values_0, ..., %logits, <Choice of layer 0>, ..., <Reselected>)
 
-    Requires: `insert_survivors` and `normalise_attention` ran. Ensures: nothing inserted holds attention of all rows; the
-    outputs keep their places, the candidates in those of keys and values, followed by two tensors per layer and the six of
-    `Reselected`; no past is an input any more.
-
-    Args:
-        gm: The graph.
-        plan: Its plan, from `insert_survivors`.
-        candidates: From `insert_survivors`.
-        config: The eviction options.
+    Requires: `insert_survivors` or `insert_whole_past` ran, and `normalise_attention`. Ensures: nothing inserted holds
+    attention of all rows; the outputs keep their places, the candidates in those of keys and values, followed by the
+    `Choice` of each layer and `Reselected`; no past is an input any more.
     """
+    gm, config, candidates = rewrite.gm, rewrite.config, rewrite.get(Candidates)
     options = config.constants()
     roles = candidates.roles
-    masses, scores, tiers = rank_layers(gm, plan, roles, config)
+    masses, scores, tiers = rank_layers(rewrite, roles)
     outputs = output_nodes(gm)
     keeps: list[Node] = []
-    chosen: list[Node] = []
+    choices: list[Any] = []
     with gm.graph.inserting_before(gm.graph.output_node()):
         shared = (candidates.history, candidates.new, candidates.keep_rate)
         function = allocated_by(allocate_again, config.budgeting)
@@ -62,23 +56,19 @@ def insert_rebudgeting(gm: GraphModule, plan: Plan, candidates: Candidates, conf
         counts = insert_call(gm, by_layer, kept, name="tgvkv_counts")
         for layer, score in enumerate(scores):
             count = insert_item(gm, counts, layer, name=f"tgvkv_kept_{layer}")
-            keeps.append(
-                insert_call(
-                    gm,
-                    retain,
-                    score,
-                    tiers[layer],
-                    roles[layer],
-                    count,
-                    name=f"tgvkv_keep_{layer}",
-                    sink_tokens=config.sink_tokens,
-                )
-            )
-            chosen += [keeps[-1], insert_item(gm, roles[layer], "positions", name=f"tgvkv_at_{layer}")]
-        protected = insert_call(gm, protected_from, tuple(keeps), roles, name="tgvkv_protected")
-        lengths = insert_item(gm, candidates.new, "lengths", name="tgvkv_lengths_next")
-        valid = insert_item(gm, candidates.new, "valid", name="tgvkv_valid")
-        history = insert_call(gm, extend_history, candidates.history, candidates.new, name="tgvkv_seen")
-    decided: Any = (kept, rate, protected, lengths, valid, history)
-    gm.graph.output_node().args = ((*outputs, *chosen, *Reselected(*decided)),)
+            ranked = (score, tiers[layer], roles[layer], count)
+            keep = insert_call(gm, retain, *ranked, name=f"tgvkv_keep_{layer}", sink_tokens=config.sink_tokens)
+            keeps.append(keep)
+            choice: dict[str, Any] = {"keep": keep}
+            choice["positions"] = insert_item(gm, roles[layer], "positions", name=f"tgvkv_at_{layer}")
+            choices += Choice(**choice)
+        decided: dict[str, Any] = {
+            "kept": kept,
+            "keep_rate": rate,
+            "protect_from": insert_call(gm, protected_from, tuple(keeps), roles, name="tgvkv_protected"),
+            "lengths": insert_item(gm, candidates.new, "lengths", name="tgvkv_lengths_next"),
+            "valid": insert_item(gm, candidates.new, "valid", name="tgvkv_valid"),
+            "history": insert_call(gm, extend_history, candidates.history, candidates.new, name="tgvkv_seen"),
+        }
+    gm.graph.output_node().args = ((*outputs, *choices, *Reselected(**decided)),)
     drop_pasts(gm, candidates.pasts)

@@ -2,20 +2,19 @@
 
 from typing import Any
 
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
-from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.fx.insert import insert_call, insert_item
 from tgvkv_compile.ops.graph_masks import valid_columns, vision_positions
 from tgvkv_compile.ops.policy.named import LAYERS_ALIKE
 from tgvkv_compile.ops.policy.rank import TokenRanks, rank_tokens, ranked_by
 from tgvkv_compile.ops.roles import token_roles
 from tgvkv_compile.passes.inserted import Scores
+from tgvkv_compile.passes.rewrite import Rewrite
 from tgvkv_compile.passes.told import told
-from tgvkv_compile.plan import Plan
 
 
-def insert_scoring(gm: GraphModule, plan: Plan, config: EvictionConfig) -> Scores:
+def insert_scoring(rewrite: Rewrite) -> None:
     """Adds the roles of the prompt's tokens, and the scores of every layer beside its attention.
 
     Before::
@@ -29,17 +28,15 @@ def insert_scoring(gm: GraphModule, plan: Plan, config: EvictionConfig) -> Score
         %tgvkv_roles  : Roles    = token_roles(%tgvkv_vision, %tgvkv_valid)
         %out_l, %lse_l = scaled_dot_product_attention_with_lse(%q_l, %keys_l, ...)
         %tgvkv_ranks_l : TokenRanks = rank_tokens(%q_l, %keys_l, %tgvkv_roles, %attn_mask, ..., %lse_l, ranking=...)
-        %tgvkv_mass_l  : f32[B]     = %tgvkv_ranks_l[0]        # and %tgvkv_score_l : f32[B, N], %tgvkv_tier_l : i64[B, N]
+        %tgvkv_mass_l  : f32[B]     = %tgvkv_ranks_l.mass      # and %tgvkv_score_l : f32[B, N], %tgvkv_tier_l : i64[B, N]
 
     Where heads are split over ranks it is `rank_tokens(..., group=...)`, which averages over the ranks what is
     linear in attention, by two functional all-reduces per layer.
 
     Requires: `normalise_attention` ran. Ensures: attention's output is untouched; nothing inserted holds `[.., N, N]`: with
     the log-sum-exp only question rows and text columns are computed, without it blocks of rows.
-
-    Returns:
-        The inserted nodes, for the passes that follow.
     """
+    gm, plan = rewrite.gm, rewrite.plan
     first = plan.sites[0]
     assert plan.modality is not None
     valid: Node | None = None
@@ -50,28 +47,24 @@ def insert_scoring(gm: GraphModule, plan: Plan, config: EvictionConfig) -> Score
         if first.mask is not None:
             valid = insert_call(gm, valid_columns, first.mask, first.query, name="tgvkv_valid")
         roles = insert_call(gm, token_roles, vision, valid, name="tgvkv_roles")
-    return Scores(roles, valid, *rank_layers(gm, plan, (roles,) * plan.num_layers, config))
+    rewrite.leave(Scores(roles, valid, *rank_layers(rewrite, (roles,) * plan.num_layers)))
 
 
-def rank_layers(
-    gm: GraphModule, plan: Plan, roles: tuple[Node, ...], config: EvictionConfig
-) -> tuple[tuple[Node, ...], tuple[Node, ...], tuple[Node, ...]]:
+def rank_layers(rewrite: Rewrite, roles: tuple[Node, ...]) -> tuple[tuple[Node, ...], tuple[Node, ...], tuple[Node, ...]]:
     """Adds the ranking beside the attention of every layer.
 
     Args:
-        gm: The graph.
-        plan: Its plan, attention normalised.
+        rewrite: The graph, attention normalised.
         roles: Of the columns of each layer's keys.
-        config: The eviction options.
 
     Returns:
         `(mass, score, tier)` per layer: `f32[B]`, `f32[B, S]`, `i64[B, S]`.
     """
-    named = isinstance(config.ranking, str)
-    function: Any = rank_tokens if named else ranked_by(config.ranking)
-    options: dict[str, Any] = {"budget": config.budget, "budget_of": config.budget_of}
-    if named:
-        options["ranking"] = config.ranking
+    gm, plan, config = rewrite.gm, rewrite.plan, rewrite.config
+    options = config.for_ranking()
+    function: Any = rank_tokens
+    if not isinstance(config.ranking, str):
+        function = ranked_by(options.pop("ranking"))  # a graph's constants are plain values
     if plan.tensor_parallel is not None:
         options["group"] = plan.tensor_parallel.group
     found = []

@@ -1,15 +1,14 @@
 """Insert the whole past: a first turn with vision on a cache that holds text turns, all of them uncompressed."""
 
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from tgvkv_compile.fx.insert import insert_call, insert_item
-from tgvkv_compile.ops.turns import whole_past, whole_rate
-from tgvkv_compile.passes.insert_survivors import insert_candidates
-from tgvkv_compile.passes.inserted import Candidates
-from tgvkv_compile.plan import Plan
+from tgvkv_compile.ops.turns import WholePast, whole_past, whole_rate
+from tgvkv_compile.passes.insert_survivors import Held, insert_candidates
+from tgvkv_compile.passes.rewrite import Rewrite
 
 
-def insert_whole_past(gm: GraphModule, plan: Plan) -> tuple[Plan, Candidates]:
+def insert_whole_past(rewrite: Rewrite) -> None:
     """Gives every layer its candidates: all that the cache holds, and the new tokens.
 
     Before::
@@ -20,16 +19,13 @@ def insert_whole_past(gm: GraphModule, plan: Plan) -> tuple[Plan, Candidates]:
 
     After::
 
-        %tgvkv_past      : (b8[B, S], i64[B], i64[B, S]) = whole_past(%mask, %past_keys_0)  # history, lengths, positions
-        %tgvkv_keep_rate : f32[B, L]                     = whole_rate(%past_keys_0, L)
+        %tgvkv_past      : WholePast = whole_past(%mask, %past_keys_0)                     # history, lengths, positions
+        %tgvkv_keep_rate : f32[B, L] = whole_rate(%past_keys_0, L)
         ...                                                            # as after `insert_survivors`, with W_l = S
 
     Requires: a plan of a turn with new vision on an uncompressed cache. Ensures: what `insert_survivors` does.
-
-    Args:
-        gm: The graph.
-        plan: Its plan.
     """
+    gm, plan = rewrite.gm, rewrite.plan
     held: list[tuple[Node, Node]] = []
     for site in plan.sites:
         assert site.key.past is not None and site.value.past is not None
@@ -37,8 +33,6 @@ def insert_whole_past(gm: GraphModule, plan: Plan) -> tuple[Plan, Candidates]:
     first = plan.sites[0]
     with gm.graph.inserting_before(first.node):
         past = insert_call(gm, whole_past, first.mask, held[0][0], name="tgvkv_past")
-        history, lengths, positions = (
-            insert_item(gm, past, index, name=f"tgvkv_{name}") for index, name in enumerate(("history", "lengths", "positions"))
-        )
+        history, lengths, positions = (insert_item(gm, past, field, name=f"tgvkv_{field}") for field in WholePast._fields)
         rate = insert_call(gm, whole_rate, held[0][0], plan.num_layers, name="tgvkv_keep_rate")
-    return insert_candidates(gm, plan, (history, lengths, rate), [(key, value, positions) for key, value in held])
+    insert_candidates(rewrite, history, lengths, rate, [Held(key, value, positions) for key, value in held])

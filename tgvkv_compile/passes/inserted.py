@@ -1,4 +1,4 @@
-"""Records of what an inserter added, for the inserters after it."""
+"""Records of what an inserter added, for the inserters after it; `Rewrite.leave` keeps them."""
 
 import dataclasses
 
@@ -18,13 +18,20 @@ class Scores:
 
 @dataclasses.dataclass(frozen=True)
 class LayerCandidates:
-    """From `insert_capping`: `key`, `value`, `score`, `tier` and `roles` of what eviction chooses from in one layer."""
+    """What eviction chooses from in one layer: `key`, `value`, `score`, `tier` and `roles`."""
 
     key: Node
     value: Node
     score: Node
     tier: Node
     roles: Node
+
+
+@dataclasses.dataclass(frozen=True)
+class CappedLayers:
+    """From `insert_capping`: what is left of each layer."""
+
+    layers: tuple[LayerCandidates, ...]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,10 +10,11 @@ from tgvkv_compile.fx.insert import insert_call
 from tgvkv_compile.fx.meta import fake_tensor, fake_value, same_size, submodule
 from tgvkv_compile.fx.targets import argument
 from tgvkv_compile.ops.graph_masks import mask_of_function
-from tgvkv_compile.plan import AttentionSite, Plan
+from tgvkv_compile.passes.rewrite import Rewrite
+from tgvkv_compile.plan import AttentionSite
 
 
-def materialise_masks(gm: GraphModule, plan: Plan) -> Plan:
+def materialise_masks(rewrite: Rewrite) -> None:
     """Evaluates the mask function of every `flex_attention` on all indices; layers with the same function share the mask.
 
     Before::
@@ -28,13 +29,10 @@ def materialise_masks(gm: GraphModule, plan: Plan) -> Plan:
 
     Requires: a prefill or continuation plan (a decode step attends to all that is kept, and needs no mask). Ensures: no
     site has a mask function; sites of other forms are as they were.
-
-    Returns:
-        The plan with the new sites.
     """
     made: dict[Any, Node] = {}
-    sites = tuple(_materialise(gm, site, layer, made) for layer, site in enumerate(plan.sites))
-    return dataclasses.replace(plan, sites=sites)
+    sites = tuple(_materialise(rewrite.gm, site, layer, made) for layer, site in enumerate(rewrite.plan.sites))
+    rewrite.plan = dataclasses.replace(rewrite.plan, sites=sites)
 
 
 def _length(site: AttentionSite) -> Any:

@@ -7,10 +7,11 @@ from torch.fx import GraphModule
 from tgvkv_compile.fx.insert import insert_call, insert_item
 from tgvkv_compile.fx.meta import BEGINS, fake_value
 from tgvkv_compile.ops.attention import scaled_dot_product_attention_with_lse
-from tgvkv_compile.plan import AttentionSite, Plan
+from tgvkv_compile.passes.rewrite import Rewrite
+from tgvkv_compile.plan import AttentionSite
 
 
-def normalise_attention(gm: GraphModule, plan: Plan) -> Plan:
+def normalise_attention(rewrite: Rewrite) -> None:
     """Puts one call in the place of each form; the eager one would hold `[B, H, N, N]`.
 
     Before, one of::
@@ -20,16 +21,14 @@ def normalise_attention(gm: GraphModule, plan: Plan) -> Plan:
 
     After::
 
-        %both : (..., ...)             = scaled_dot_product_attention_with_lse(%q, %keys, %values, %mask, is_causal, scale)
-        %out  : [B, H, N, D]           = %both[0]
-        %lse  : f32[B, H, N]           = %both[1]                # only where the kernel gives it
+        %both : AttentionWithLse       = scaled_dot_product_attention_with_lse(%q, %keys, %values, %mask, is_causal, scale)
+        %out  : [B, H, N, D]           = %both.output
+        %lse  : f32[B, H, N]           = %both.lse              # only where the kernel gives it
 
     Requires: a prefill plan. Ensures: every site has form `"sdpa"`; no node holds attention probabilities.
-
-    Returns:
-        The plan with the new sites.
     """
-    return dataclasses.replace(plan, sites=tuple(_fuse(gm, site, layer) for layer, site in enumerate(plan.sites)))
+    sites = tuple(_fuse(rewrite.gm, site, layer) for layer, site in enumerate(rewrite.plan.sites))
+    rewrite.plan = dataclasses.replace(rewrite.plan, sites=sites)
 
 
 def _fuse(gm: GraphModule, site: AttentionSite, layer: int) -> AttentionSite:
@@ -46,9 +45,9 @@ def _fuse(gm: GraphModule, site: AttentionSite, layer: int) -> AttentionSite:
             site.scale,
             name=f"tgvkv_attention_{layer}",
         )
-        out = insert_item(gm, both, 0, name=f"tgvkv_output_{layer}")
-        if fake_value(both)[1] is not None:
-            lse = insert_item(gm, both, 1, name=f"tgvkv_lse_{layer}")
+        out = insert_item(gm, both, "output", name=f"tgvkv_output_{layer}")
+        if fake_value(both).lse is not None:
+            lse = insert_item(gm, both, "lse", name=f"tgvkv_lse_{layer}")
     both.meta[BEGINS] = True
     for node in (both, out):
         for key in ("stack_trace", "nn_module_stack"):

@@ -10,7 +10,7 @@ from torch.fx import Node
 from tgvkv_compile.config import name_of
 from tgvkv_compile.errors import ConfigError, TgvkvError
 from tgvkv_compile.fx.meta import fake_value
-from tgvkv_compile.fx.private import NoHostReads
+from tgvkv_compile.private import NoHostReads
 
 
 @contextlib.contextmanager

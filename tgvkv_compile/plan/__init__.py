@@ -2,6 +2,7 @@
 
 from tgvkv_compile.plan.records import (
     AttentionSite,
+    FeatureAddition,
     GraphKind,
     KVAppend,
     MaskFunction,
@@ -14,6 +15,7 @@ from tgvkv_compile.plan.records import (
 
 __all__ = [
     "AttentionSite",
+    "FeatureAddition",
     "GraphKind",
     "KVAppend",
     "MaskFunction",

@@ -112,6 +112,23 @@ class ModalityMask:
 
 
 @dataclasses.dataclass(frozen=True)
+class FeatureAddition:
+    """One `hidden[mask] += features` of an exported graph.
+
+    Attributes:
+        node: The result, `[B, N, hidden]`.
+        hidden: `[B, N, hidden]`.
+        mask: bool `[B, N]`.
+        features: `[.., hidden]`, a row per True of the mask.
+    """
+
+    node: Node
+    hidden: Node
+    mask: Node
+    features: Node
+
+
+@dataclasses.dataclass(frozen=True)
 class TensorParallel:
     """Each rank of a process group holds some of the query heads of every layer.
 
@@ -135,6 +152,7 @@ class Plan:
         modality: The modality mask of a prefill or of a turn with new vision.
         misses: Why a graph that holds a decoder cannot be rewritten; then `kind` is `dense`.
         tensor_parallel: How heads are split over processes, or None.
+        additions: Where layers add vision features to hidden states, in exported graphs.
     """
 
     kind: GraphKind
@@ -143,6 +161,7 @@ class Plan:
     modality: ModalityMask | None = None
     misses: tuple[Miss, ...] = ()
     tensor_parallel: TensorParallel | None = None
+    additions: tuple[FeatureAddition, ...] = ()
 
     @property
     def num_layers(self) -> int:

@@ -86,6 +86,10 @@ def _kind(state: CompactState) -> tuple[object, ...]:
     return (*key.shape[:2], key.shape[3], key.dtype, value.dtype, key.device, state.segment_start.shape)
 
 
+_OF_LAYERS = tuple(name for name in CompactState._fields if name not in ("key_arena", "value_arena", "slot_position"))
+"""The tensors that have no slots."""
+
+
 def _fill(storage: CompactState, state: CompactState) -> None:
     """Copies the state; slots that it does not have are empty. The last slot still belongs to no segment."""
     slots = state.key_arena.shape[2]
@@ -95,5 +99,5 @@ def _fill(storage: CompactState, state: CompactState) -> None:
             arena[:, :, slots:].zero_()  # a masked entry weighs 0, and 0 times what another request left may be NaN
         storage.slot_position[:, :slots].copy_(state.slot_position)
         storage.slot_position[:, slots:].fill_(-1)
-        for target, source in zip(storage[3:], state[3:], strict=True):
-            target.copy_(source)
+        for name in _OF_LAYERS:
+            getattr(storage, name).copy_(getattr(state, name))

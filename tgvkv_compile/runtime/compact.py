@@ -15,7 +15,7 @@ from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.errors import CacheError
 from tgvkv_compile.ops.budgeting import growth_bound, kept_bound, segment_capacity
 from tgvkv_compile.ops.packing import evict_into, new_arena
-from tgvkv_compile.ops.state import CompactState, Reselected, Survivors
+from tgvkv_compile.ops.state import Choice, CompactState, Reselected, Survivors
 
 SLOT_STEP = 16
 """Arenas are rounded up to a multiple of this many slots, so that requests of like size have like arenas."""
@@ -44,7 +44,7 @@ def round_slots(slots: int) -> int:
 
 def select_candidates(
     kv: Sequence[tuple[Tensor, Tensor]],
-    chosen: Sequence[tuple[Tensor, Tensor]],
+    choices: Sequence[Choice],
     decided: Reselected,
     reserve: int,
     config: EvictionConfig,
@@ -54,8 +54,8 @@ def select_candidates(
     capacity = segment_capacity(kept, rate, lengths, reserve, config=config)
     start = capacity.cumsum(1) - capacity
     arena = new_arena(*kv[0], round_slots(int(capacity.sum(1).max()) + 1))
-    for layer, ((key, value), (keep, positions)) in enumerate(zip(kv, chosen, strict=True)):
-        evict_into(arena, key, value, keep, positions, start[:, layer])
+    for layer, ((key, value), choice) in enumerate(zip(kv, choices, strict=True)):
+        evict_into(arena, key, value, choice.keep, choice.positions, start[:, layer])
     return CompactState(*arena, start, kept, start + kept, decided.protect_from, rate, lengths)
 
 
@@ -170,17 +170,17 @@ class CompactCache:
         return [history, state.lengths, state.keep_rate, *layers]
 
     def reselect(
-        self, tokens: int, kv: Sequence[tuple[Tensor, Tensor]], chosen: Sequence[tuple[Tensor, Tensor]], decided: Reselected
+        self, tokens: int, kv: Sequence[tuple[Tensor, Tensor]], choices: Sequence[Choice], decided: Reselected
     ) -> None:
         """Packs what a turn with new vision keeps into a new arena.
 
         Args:
             tokens: Q, padding counted.
             kv: Per layer the candidates' keys and values, `[B, Hkv, W + Q, D]`.
-            chosen: Per layer which candidates are kept, bool `[B, W + Q]`, and their positions, int64 `[B, W + Q]`.
+            choices: Per layer which candidates are kept.
             decided: The rest.
         """
-        self.state = select_candidates(kv, chosen, decided, self.reserve, self.config)
+        self.state = select_candidates(kv, choices, decided, self.reserve, self.config)
         self.history = decided.history
         self.logical_length += tokens
         self.room = self.reserve

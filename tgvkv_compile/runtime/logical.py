@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch._dynamo import maybe_mark_dynamic
 
 from tgvkv_compile.errors import CacheError
+from tgvkv_compile.private import DisableTorchFunction, graph_break, maybe_mark_dynamic, parse_to
 from tgvkv_compile.runtime.compact import CompactCache
 from tgvkv_compile.runtime.tracing import never_compile, traced_for_handles
 
@@ -48,10 +48,10 @@ class LogicalKV(Tensor):
         compiling = torch.compiler.is_dynamo_compiling()
         name = _name(func)
         if name in _METADATA or (compiling and traced_for_handles()):
-            with torch._C.DisableTorchFunction():
+            with DisableTorchFunction():
                 return func(*args, **kwargs)
         if compiling:
-            torch._dynamo.graph_break(msg=f"{name}() on a KV cache compressed by tgvkv, in a graph for another backend")
+            graph_break(msg=f"{name}() on a KV cache compressed by tgvkv, in a graph for another backend")
         honour = _HONOURED.get(name)
         if honour is not None and args and isinstance(args[0], LogicalKV):
             return honour(*args, **kwargs)
@@ -206,7 +206,7 @@ def _to(handle: LogicalKV, *args: Any, **kwargs: Any) -> LogicalKV:
     if kwargs.pop("copy", False):
         _clone(handle)
     kwargs.pop("memory_format", None)
-    device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+    device, dtype, *_ = parse_to(*args, **kwargs)
     if device is not None and _indexed(device) != handle.device:
         raise CacheError(
             f"to({device}) on a compressed KV cache: it cannot be moved from {handle.device}; move the model and the inputs "

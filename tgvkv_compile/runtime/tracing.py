@@ -1,24 +1,14 @@
 """For whom dynamo is tracing: a backend that knows handles, or one that would compute on their NaN.
 
-Private torch imports of the runtime, checked on torch 2.13.0 and 2.14.1:
-
-- `InstructionTranslator.current_tx().output.compiler_fn` is the backend of the frame that is being traced.
-- `get_eval_frame_callback` is what dynamo compiles the frames that are called now with; it knows the backend.
-- What `torch.compile` returns for a function has dynamo's callback in its closure, and the callback wraps the backend.
-- `set_code_exec_strategy` keeps dynamo from compiling a function's frame; it can still be inlined into others.
+What `torch.compile` returns for a function has dynamo's callback in its closure, and the callback wraps the backend.
 """
 
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch._C._dynamo.eval_frame import (
-    _FrameAction,
-    _FrameExecStrategy,
-    get_eval_frame_callback,
-    set_code_exec_strategy,
-)
-from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch.compiler import assume_constant_result
+
+from tgvkv_compile.private import InstructionTranslator, eval_frame
 
 _WRAPPERS = ("_torchdynamo_orig_backend", "compiler_fn", "func", "__wrapped__")
 """Where torch.compile, dynamo's debug wrapper, `functools.partial` and `functools.wraps` keep the backend."""
@@ -39,12 +29,12 @@ def traced_backend() -> tuple[Any, dict[str, Any]] | None:
 
 def active_backend() -> tuple[Any, dict[str, Any]] | None:
     """As `traced_backend`, of frames that eager code calls now: those of compiled code that left a graph."""
-    return _handling(get_eval_frame_callback())
+    return _handling(eval_frame.get_eval_frame_callback())
 
 
 def active_is_one_graph() -> bool:
     """Whether frames that eager code calls now are compiled with `fullgraph=True`."""
-    return bool(getattr(get_eval_frame_callback(), "_one_graph", False))
+    return bool(getattr(eval_frame.get_eval_frame_callback(), "_one_graph", False))
 
 
 def _handling(backend: Any) -> tuple[Any, dict[str, Any]] | None:
@@ -67,7 +57,7 @@ def must_be_one_graph() -> bool:
     return bool(getattr(tx, "one_graph", False) or getattr(tx, "error_on_graph_break", False))
 
 
-@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+@assume_constant_result  # type: ignore[untyped-decorator]
 def traced_for_handles() -> bool:
     """Whether the frame that dynamo traces now goes to a backend with `takes_handles = True`.
 
@@ -77,7 +67,7 @@ def traced_for_handles() -> bool:
     return traced_backend() is not None
 
 
-@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+@assume_constant_result  # type: ignore[untyped-decorator]
 def traced_behind_cut() -> bool:
     """As `traced_for_handles`, for a backend with `behind_cut = True`: the cut before the decoder calls what is traced."""
     found = traced_backend()
@@ -90,13 +80,18 @@ def never_compile(function: Callable[..., Any]) -> None:
     Such a frame of a `__torch_function__` would be compiled once and reused for another operation: dynamo does not guard on
     bound slots such as `Tensor.shape.__get__`.
     """
-    skip = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
-    set_code_exec_strategy(function.__code__, skip)
+    _set_strategy(function, inside=eval_frame._FrameAction.SKIP)
 
 
 def never_compile_frame(function: Callable[..., Any]) -> None:
     """Keeps dynamo from compiling `function` where eager code calls it; what it calls is compiled as ever."""
-    set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.DEFAULT))
+    _set_strategy(function, inside=eval_frame._FrameAction.DEFAULT)
+
+
+def _set_strategy(function: Callable[..., Any], *, inside: Any) -> None:
+    """`function`'s own frame is skipped; `inside` is for what it calls. Dynamo can still inline it into others."""
+    strategy = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, inside)
+    eval_frame.set_code_exec_strategy(function.__code__, strategy)
 
 
 def compiled_for_handles(function: Callable[..., Any]) -> bool:

@@ -4,11 +4,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.bounds import check_bounded
-from tests.kernels.comparing import exact_scores, scores
+from tests.kernels.comparing import exact_scores, scores, unfused_weigh
 from tests.ops.prompts import Layer, make_layer, vision_at
 from tgvkv_compile.ops.kernels import prefill as kernels
 from tgvkv_compile.ops.kernels.prefill import fused_applies, fused_weigh
-from tgvkv_compile.ops.weighing import plain_weigh
 
 MASKS = ["none", "bool", "additive", "prefix", "both"]
 
@@ -16,8 +15,8 @@ MASKS = ["none", "bool", "additive", "prefix", "both"]
 def check(layer: Layer) -> None:
     lse, mass, score, largest = exact_scores(layer)
     rows = layer.rows(lse.float())
-    assert fused_applies(layer.q, layer.k, layer.attn_mask, rows.lse)
-    plain, fused = (scores(weigh, rows, layer.roles) for weigh in (plain_weigh, fused_weigh))
+    assert fused_applies(rows)
+    plain, fused = (scores(weigh, rows, layer.roles) for weigh in (unfused_weigh, fused_weigh))
     check_bounded(fused[0], plain[0], mass, largest_logit=largest)
     check_bounded(fused[1], plain[1], score, largest_logit=largest)
     assert bool((fused[1][~layer.roles.valid] == 0).all())
@@ -64,7 +63,7 @@ def test_a_turn_has_fewer_rows_than_columns() -> None:
     whole = layer.rows(exact_scores(layer)[0].float())
     rows = slice(60, None)
     part = whole._replace(q=whole.q[:, :, rows], attn_mask=layer.attn_mask[:, :, rows], lse=whole.lse[:, :, rows])
-    plain, fused = (scores(weigh, part, layer.roles) for weigh in (plain_weigh, fused_weigh))
+    plain, fused = (scores(weigh, part, layer.roles) for weigh in (unfused_weigh, fused_weigh))
     torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)
 
 
@@ -76,7 +75,7 @@ def test_blocks_without_a_wanted_column_are_zero_and_rows_may_be_shared_out(monk
     wanted = torch.zeros(1, 600, dtype=torch.bool)
     wanted[:, 400:403] = True
     weights = torch.ones(1, 2, 600) * torch.tensor([1.0, 0.5])[:, None]
-    sums, seen = fused_weigh(weights, wanted, *rows)
+    sums, seen = fused_weigh(weights, wanted, rows)
     attention, visible = rows.attention(0, 600)
     for index, weight in enumerate((1.0, 0.5)):
         torch.testing.assert_close(sums[:, index], torch.where(wanted, weight * attention.sum(1), 0.0))

@@ -5,6 +5,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from tgvkv_compile.ops.attention_rows import AttentionRows
 from tgvkv_compile.ops.kernels.decode import MOST_REGISTERS, next_power, processors
 from tgvkv_compile.ops.kernels.prefill_kernels import weigh_attention
 
@@ -41,23 +42,14 @@ def plan_weighing(batch: int, heads: int, rows: int, dim: int, dtype: torch.dtyp
     return WeighPlan(padded, block, block, parts, 8 if block * padded >= 64 * 64 else 4)
 
 
-def fused_applies(q: Tensor, k: Tensor, attn_mask: Tensor | None, lse: Tensor | None) -> bool:
+def fused_applies(rows: AttentionRows) -> bool:
     """Whether the kernel is made for this call; a mask of each head's own goes the plain way."""
-    alike = q.dtype == k.dtype and q.dtype in _DTYPES and q.shape[3] <= _MAX_DIM
-    return lse is not None and alike and (attn_mask is None or attn_mask.shape[1] == 1)
+    q, mask = rows.q, rows.attn_mask
+    alike = q.dtype == rows.k.dtype and q.dtype in _DTYPES and q.shape[3] <= _MAX_DIM
+    return rows.lse is not None and alike and (mask is None or mask.shape[1] == 1)
 
 
-def fused_weigh(
-    weights: Tensor,
-    wanted: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    valid: Tensor,
-    mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    lse: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def fused_weigh(weights: Tensor, wanted: Tensor | None, rows: AttentionRows) -> tuple[Tensor, Tensor]:
     """The op's sums and seen weights, float32 `[B, K, S]`, as [`weigh`][tgvkv_compile.ops.weighing.weigh].
 
     Nothing larger than `[B, H, parts, S]` float32 is held, and nothing read on the host.
@@ -65,32 +57,18 @@ def fused_weigh(
     Args:
         weights: `[B, K, R]`.
         wanted: bool `[B, S]`, or None.
-        q: `[B, H, R, D]`.
-        k: `[B, Hkv, S, D]`, dtype of `q`.
-        valid: bool `[B, S]`.
-        mask: `[B | 1, 1, R, S]`, or None.
-        is_causal: As of the op.
-        scale: As of the op.
-        lse: float32 `[B, H, R]`.
+        rows: The attention; see [`fused_applies`][].
     """
-    assert lse is not None
-    columns = valid if wanted is None else wanted & valid
-    q, k = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k))
-    each = [_weigh_once(row, columns, q, k, mask, is_causal, scale, lse) for row in weights.to(torch.float32).unbind(1)]
+    columns = rows.valid if wanted is None else wanted & rows.valid
+    q, k = (x if x.stride(3) == 1 else x.contiguous() for x in (rows.q, rows.k))
+    each = [_weigh_once(row, columns, rows._replace(q=q, k=k)) for row in weights.to(torch.float32).unbind(1)]
     return torch.stack([sums for sums, _ in each], dim=1), torch.stack([seen for _, seen in each], dim=1)
 
 
-def _weigh_once(
-    weights: Tensor,
-    wanted: Tensor,
-    q: Tensor,
-    k: Tensor,
-    mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    lse: Tensor,
-) -> tuple[Tensor, Tensor]:
+def _weigh_once(weights: Tensor, wanted: Tensor, attention: AttentionRows) -> tuple[Tensor, Tensor]:
     """Both `[B, S]` of one weight per row, `[B, R]`."""
+    q, k, mask, lse = attention.q, attention.k, attention.attn_mask, attention.lse
+    assert lse is not None
     first_row = (weights != 0).any(0).to(torch.uint8).argmax()
     batch, heads, rows, dim = q.shape
     columns = k.shape[2]
@@ -113,7 +91,7 @@ def _weigh_once(
         sums if mask is None else mask,
         sums,
         seen,
-        scale,
+        attention.scale,
         lowest,
         q.stride(0),
         q.stride(1),
@@ -131,7 +109,7 @@ def _weigh_once(
         DIM=plan.dim,
         ROWS=plan.rows,
         COLUMNS=plan.columns,
-        CAUSAL=is_causal,
+        CAUSAL=attention.is_causal,
         MASK=kind,
         WIDE=q.dtype == torch.float32,
         num_warps=plan.warps,

@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tgvkv_compile.ops.attention_rows import AttentionRows
 from tgvkv_compile.ops.roles import Roles
-from tgvkv_compile.ops.weighing import AttentionRows, Walk, Weighed, add_rows, weigh
+from tgvkv_compile.ops.weighing import Walk, Weighed, add_rows, weigh
 
 
 class Layer(NamedTuple):

@@ -9,12 +9,14 @@ from torch import Tensor
 
 from tgvkv_compile.config import EvictionConfig, name_of
 from tgvkv_compile.errors import ConfigError
+from tgvkv_compile.ops.attention_rows import AttentionRows
 from tgvkv_compile.ops.policy.layer import Layer, Ranked, Ranking, attending, materialised
 from tgvkv_compile.ops.policy.named import RANKINGS
+from tgvkv_compile.ops.policy.returned import check_tensor
 from tgvkv_compile.ops.policy.share import mean_share
 from tgvkv_compile.ops.roles import Roles
 from tgvkv_compile.ops.tensor_parallel import mean_over_ranks, over_ranks
-from tgvkv_compile.ops.weighing import AttentionRows, Walk
+from tgvkv_compile.ops.weighing import Walk
 
 
 class TokenRanks(NamedTuple):
@@ -128,19 +130,12 @@ def _checked(ranked: object, roles: Roles, name: str) -> Ranked:
             "(docs/policies.md)"
         )
     tokens = tuple(roles.valid.shape)
-    for part, value, dtype, shape in (
-        ("score", ranked.score, torch.float32, tokens),
-        ("tier", ranked.tier, torch.int64, tokens),
-        ("layer_weight", ranked.layer_weight, torch.float32, tokens[:1]),
-    ):
-        if value is None and part != "score":
-            continue
-        if not isinstance(value, Tensor) or value.dtype != dtype or tuple(value.shape) != shape:
-            found = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            letters = "[B, S]" if len(shape) == 2 else "[B]"
-            raise ConfigError(
-                f"ranking={name} returned {part} as {found}; it must be {dtype} {letters}, here {shape} (docs/policies.md)"
-            )
+    said = f"ranking={name} returned"
+    check_tensor(f"{said} score as", ranked.score, torch.float32, "[B, S]", tokens)
+    if ranked.tier is not None:
+        check_tensor(f"{said} tier as", ranked.tier, torch.int64, "[B, S]", tokens)
+    if ranked.layer_weight is not None:
+        check_tensor(f"{said} layer_weight as", ranked.layer_weight, torch.float32, "[B]", tokens[:1])
     return ranked
 
 

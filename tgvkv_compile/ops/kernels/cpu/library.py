@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tgvkv_compile.errors import first_line
+from tgvkv_compile.private import load_cpp
 
 log = logging.getLogger("tgvkv_compile")
 
@@ -22,11 +23,9 @@ def library() -> Any:
 
     Inductor compiles and caches it as it does its own kernels.
     """
-    from torch._inductor.codecache import CppCodeCache
-
     source = "\n".join(Path(__file__).with_name(name).read_text(encoding="utf-8") for name in _SOURCES)
     try:
-        return CppCodeCache.load(source)
+        return load_cpp(source)
     except Exception as error:  # a compiler that is missing or fails has no common class of errors
         log.warning("scores and decode steps on CPUs are several times slower: C++ failed to compile (%s)", first_line(error))
         return None

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tgvkv_compile.ops.attention_rows import AttentionRows
 from tgvkv_compile.ops.kernels.cpu.library import kernel
 
 _SIZES = (
@@ -27,45 +28,34 @@ class _Weighing(ctypes.Structure):
     )
 
 
-def kernel_for(
-    weights: Tensor, q: Tensor, k: Tensor, attn_mask: Tensor | None, lse: Tensor | None
-) -> Callable[..., None] | None:
+def kernel_for(weights: Tensor, rows: AttentionRows) -> Callable[..., None] | None:
     """The kernel, if there is one for these arguments of the op.
 
     It wants one weight per row, the rows' log-sum-exp, queries and keys of one dtype, and a mask that is bool and the same for
     all heads, if there is one.
     """
-    plain = lse is None or weights.shape[1] != 1 or q.dtype != k.dtype or q.stride(3) != 1 or k.stride(3) != 1
-    masked = attn_mask is not None and (attn_mask.dtype != torch.bool or attn_mask.shape[1] != 1)
-    return None if plain or masked else kernel("weigh", q.dtype)
+    alike = rows.q.dtype == rows.k.dtype and rows.q.stride(3) == rows.k.stride(3) == 1
+    if rows.lse is None or weights.shape[1] != 1 or not alike:
+        return None
+    mask = rows.attn_mask
+    return kernel("weigh", rows.q.dtype) if mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1) else None
 
 
-def weigh_by(
-    kernel: Callable[..., None],
-    weights: Tensor,
-    wanted: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    valid: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    lse: Tensor,
-) -> tuple[Tensor, Tensor]:
+def weigh_by(kernel: Callable[..., None], weights: Tensor, wanted: Tensor | None, rows: AttentionRows) -> tuple[Tensor, Tensor]:
     """The op by `kernel`, which [`kernel_for`][] gave for these arguments."""
-    (batch, heads, rows, dim), columns = q.shape, k.shape[2]
+    assert rows.lse is not None
+    (batch, heads, count, dim), columns = rows.q.shape, rows.k.shape[2]
     sums, seen = (torch.zeros((batch, 1, columns), dtype=torch.float32) for _ in range(2))
-    given = weights[:, 0].to(torch.float32).contiguous()
-    asked = None if wanted is None else wanted.contiguous()
-    valid = valid.contiguous()
-    sizes = [batch, heads, k.shape[1], dim, rows, columns, *q.stride()[:3], *k.stride()[:3], *lse.stride()]
-    if attn_mask is None:
+    sizes = [batch, heads, rows.k.shape[1], dim, count, columns, *rows.q.stride()[:3], *rows.k.stride()[:3], *rows.lse.stride()]
+    if rows.attn_mask is None:
         sizes += [0, 0, 0]
     else:
-        sample, _, row, column = attn_mask.expand(batch, 1, rows, columns).stride()
+        sample, _, row, column = rows.attn_mask.expand(batch, 1, count, columns).stride()
         sizes += [sample, row, column]
-    sizes += [int(is_causal), torch.get_num_threads()]
-    tensors = (q, k, lse, given, asked, valid, attn_mask, sums, seen)
+    sizes += [int(rows.is_causal), torch.get_num_threads()]
+    given = weights[:, 0].to(torch.float32).contiguous()
+    asked = None if wanted is None else wanted.contiguous()
+    tensors = (rows.q, rows.k, rows.lse, given, asked, rows.valid.contiguous(), rows.attn_mask, sums, seen)
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    kernel(ctypes.byref(_Weighing(*sizes, scale, *pointers)))
+    kernel(ctypes.byref(_Weighing(*sizes, rows.scale, *pointers)))
     return sums, seen

@@ -13,11 +13,19 @@ Checked on torch 2.11.0, 2.13.0 and 2.14.1. Each name says what it is used for:
 - `compile_lock` is what dynamo holds while it compiles: tracing and lowering of two threads must not mix.
 - `keep_mutations_after_subgraphs` mends dynamo: see there.
 - `mark_static` says what `torch._dynamo.mark_static_address` says, of an input that dynamo has not seen.
-- `make_fx`, `disable_proxy_modes_tracing`: a vision encoder is traced for pictures of one size (`export.vision`).
+- `make_fx`, `disable_proxy_modes_tracing`, `pytree`: a vision encoder is traced for pictures of one size (`export.vision`).
 - `DynamicInt` is an int that dynamo never takes for a constant (`backend.sliding_windows`).
 - `NoHostReads`, a `TorchDispatchMode`: what a user's function may not do (`passes.told`).
 - `probe_instructions`, `kernels_put_off`: what Inductor waits for the C++ compiler for (`lower.beside`).
+- `load_cpp` compiles and loads C++ as Inductor does its own (`ops.kernels.cpu`).
 - `GraphCompileReason` is what dynamo puts on a graph module as `compile_subgraph_reason`.
+- `InstructionTranslator.current_tx().output.compiler_fn` is the backend of the frame that is being traced; `eval_frame` has
+  what dynamo compiles the frames with that are called now, and keeps it from compiling some (`runtime.tracing`).
+- `graph_break`, `maybe_mark_dynamic`, `dynamo_config`, `lookup_backend` are what dynamo documents; `OptimizedModule` is what
+  `torch.compile` makes of a module.
+- `inductor` compiles a graph that no dynamo is at work for (`lower.lowered`).
+- `DisableTorchFunction`, `DisableTorchFunctionSubclass`: a handle is asked for its shape, a graph's input made a plain tensor.
+- `parse_to` reads the arguments of `Tensor.to` (`runtime.logical`).
 """
 
 import contextlib
@@ -25,8 +33,14 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from torch import _inductor as inductor
+from torch._C import DisableTorchFunction, DisableTorchFunctionSubclass
 from torch._C import _EnableTorchFunction as enable_torch_function
+from torch._C._dynamo import eval_frame
+from torch._C._nn import _parse_to as parse_to
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo import OptimizedModule, graph_break, lookup_backend, maybe_mark_dynamic
+from torch._dynamo import config as dynamo_config
 from torch._dynamo.convert_frame import compile_lock
 from torch._dynamo.output_graph import GraphCompileReason
 from torch._dynamo.source import ConstantSource
@@ -40,29 +54,43 @@ from torch.fx.experimental import _config as symbolic_shapes_config
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.fx.experimental.sym_node import DynamicInt
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, free_symbols
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 __all__ = [
     "ConstantSource",
     "DimDynamic",
+    "DisableTorchFunction",
+    "DisableTorchFunctionSubclass",
     "DynamicInt",
     "FakeTensor",
     "FakeTensorMode",
     "GraphCompileReason",
+    "InstructionTranslator",
     "NoHostReads",
+    "OptimizedModule",
     "ShapeEnv",
     "compile_lock",
     "disable_proxy_modes_tracing",
+    "dynamo_config",
     "enable_python_dispatcher",
     "enable_torch_function",
+    "eval_frame",
     "free_symbols",
+    "graph_break",
+    "inductor",
     "is_traceable_wrapper_subclass",
     "keep_mutations_after_subgraphs",
     "kernels_put_off",
+    "load_cpp",
+    "lookup_backend",
     "make_fx",
     "mark_static",
+    "maybe_mark_dynamic",
+    "parse_to",
     "probe_instructions",
+    "pytree",
     "set_for_all_threads",
     "symbol_is_unbacked",
     "symbolic_shapes_config",
@@ -107,6 +135,13 @@ def probe_instructions() -> threading.Thread:
     cpu_vec_isa.valid_vec_isa_list = found
     thread.start()
     return thread
+
+
+def load_cpp(source: str) -> Any:
+    """Compiles a C++ library, or finds it among those that were compiled before, and loads it by `ctypes`."""
+    from torch._inductor.codecache import CppCodeCache
+
+    return CppCodeCache.load(source)
 
 
 class NoHostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
