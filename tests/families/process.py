@@ -12,6 +12,7 @@ from tests.families.family import IMAGE, VIDEO
 from tests.support.comparing import assert_same_run
 from tests.support.reference import ReferenceTrace, Session
 from tests.support.running import run, traced_generate
+from tests.support.sharing import Sharing
 from tgvkv_compile import tgvkv_backend
 from tgvkv_compile.backend import programs
 from tgvkv_compile.config import EvictionConfig
@@ -27,38 +28,6 @@ def backend_of(config: EvictionConfig) -> Any:
     return tgvkv_backend(config.budget, ranking=config.ranking, lowering="eager")
 
 
-class Sharing:
-    """Takes a backend's place and has each graph compiled by further ones, too, that differ in options which dynamo never sees.
-
-    Tracing is most of what compiling costs; what a budget or a ranking does begins behind it.
-
-    Args:
-        backends: Whose cut the graphs come from, under `MAIN`, and the others.
-
-    Attributes:
-        asked: Whose turn it is; to be left alone while a cache is in use.
-        wanted: For whom graphs are compiled that come from now on.
-    """
-
-    def __init__(self, backends: dict[str, Any]) -> None:
-        self._backends = backends
-        self.asked = MAIN
-        self.wanted: tuple[str, ...] = (MAIN,)
-        backends[MAIN].cut._backend = self
-
-    def __call__(self, gm: Any, inputs: list[Any]) -> Callable[..., Any]:
-        asked, compiled = self.asked, {}
-        for name in self.wanted:
-            self.asked = name
-            compiled[name] = self._backends[name](gm, inputs)
-        self.asked = asked
-        return lambda *given: compiled[self.asked](*given)
-
-    def graphs(self, name: str) -> dict[str, int]:
-        """What dynamo handed over that was compiled for one of them."""
-        return dict(self._backends[name].graphs)
-
-
 class Process:
     """One model, compiled once.
 
@@ -66,7 +35,7 @@ class Process:
         make_model: Makes it, and the same again for the oracle.
         make_inputs: Of the model, prompts and a seed, makes what its processor would.
         monkeypatch: Of the test.
-        others: Further options that requests may name, besides `CONFIG`, where their graphs are shared.
+        others: Further options that requests may name, besides `CONFIG`.
 
     Attributes:
         lowered: How many graphs were lowered, by whose options they were.
@@ -82,40 +51,37 @@ class Process:
         self._make_model, self._make_inputs = make_model, make_inputs
         self._configs = {MAIN: CONFIG, **others}
         self.model = make_model()
-        backends = {name: backend_of(config) for name, config in self._configs.items()}
-        self.sharing = Sharing(backends)
-        self.model.compile(backend=backends[MAIN])
-        self.lowered = dict.fromkeys(backends, 0)
+        self._backends = {name: backend_of(config) for name, config in self._configs.items()}
+        self._sharing = Sharing(self.model, self._backends[MAIN])
+        self._options = MAIN
+        self.lowered = dict.fromkeys(self._configs, 0)
         self._asked = 0
         lower = programs.lower_rewritten
 
         def counted(*args: Any, **options: Any) -> Any:
-            self.lowered[self.sharing.asked] += 1
+            self.lowered[self._options] += 1
             return lower(*args, **options)
 
         monkeypatch.setattr(programs, "lower_rewritten", counted)
 
     @contextlib.contextmanager
-    def shared(self) -> Iterator[None]:
-        """Graphs that come meanwhile are compiled for all options."""
-        self.sharing.wanted = tuple(self._configs)
+    def _asking(self, options: str) -> Iterator[None]:
+        self._options, self._sharing.asked = options, self._backends[options]
         yield
-        self.sharing.wanted = (MAIN,)
+        self._options, self._sharing.asked = MAIN, self._backends[MAIN]
 
     def generate(self, *requests: Any, steps: int = STEPS, options: str = MAIN) -> None:
         """Each through `generate`."""
-        self.sharing.asked = options
-        for prompts in requests:
-            inputs, wanted = self._question(prompts, steps)
-            assert_same_run(traced_generate(self.model, inputs, steps), wanted)
-        self.sharing.asked = MAIN
+        with self._asking(options):
+            for prompts in requests:
+                inputs, wanted = self._question(prompts, steps)
+                assert_same_run(traced_generate(self.model, inputs, steps), wanted)
 
     def generate_whole(self, inputs: dict[str, Tensor], steps: int, *, options: str) -> None:
         """Through `generate`, with the whole budget: nothing is evicted, and the answer is the uncompiled model's."""
         assert self._configs[options].budget == 1.0
-        self.sharing.asked = options
-        found = traced_generate(self.model, inputs, steps)
-        self.sharing.asked = MAIN
+        with self._asking(options):
+            found = traced_generate(self.model, inputs, steps)
         wanted = traced_generate(self._make_model(), inputs, steps, lambda *_: [])
         assert torch.equal(found.continuation, wanted.continuation)
         for logits, dense in zip(found.logits, wanted.logits, strict=True):
@@ -131,7 +97,7 @@ class Process:
 
     def graphs(self, options: str = MAIN) -> dict[str, int]:
         """What dynamo handed over; what is compressed of it was lowered, and once."""
-        graphs = self.sharing.graphs(options)
+        graphs = dict(self._backends[options].graphs)
         assert self.lowered[options] == graphs["prefill"] + graphs["decode"]
         return graphs
 
@@ -139,7 +105,7 @@ class Process:
         self._asked += 1
         for seed in range(self._asked, self._asked + 100 * TRIES, 100):
             inputs = self._make_inputs(self.model, prompts, seed)
-            wanted = Session(self._make_model(), self._configs[self.sharing.asked], image_token=(IMAGE, VIDEO)).generate(
+            wanted = Session(self._make_model(), self._configs[self._options], image_token=(IMAGE, VIDEO)).generate(
                 inputs, steps
             )
             if wanted.fragile == [None] * len(prompts):  # else float noise decides what is kept: other pictures

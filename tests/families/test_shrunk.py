@@ -61,8 +61,7 @@ def process(request: pytest.FixtureRequest) -> Iterator[tuple[str, Process]]:
 def test_batches(process: tuple[str, Process]) -> None:
     """At a budget of 0.3, and at the whole one, where the answers are the uncompiled model's."""
     name, asked = process
-    with asked.shared():
-        asked.generate(*BATCHES)
+    asked.generate(*BATCHES)
     assert asked.graphs() == RECORD["decoders"][name]
     asked.generate_whole(make_inputs(asked.model), 3, options=WHOLE)
     assert asked.graphs(WHOLE) == asked.graphs()

@@ -74,8 +74,7 @@ def test_batches(process: tuple[str, Process]) -> None:
     """
     name, asked = process
     graphs, video_batches = RECORD[name]["graphs"], [VIDEO_BATCH] if films(name) else []
-    with asked.shared():
-        asked.generate(*BATCHES, *video_batches)
+    asked.generate(*BATCHES, *video_batches)
     assert of_generate(asked.model, asked.graphs()) == graphs
     asked.generate_whole(make_inputs(FAMILIES[name], asked.model, mixed("image")), 7, options=WHOLE)
     asked.generate(BATCHES[0], options="h2o")
