@@ -13,6 +13,7 @@ MATRIX_ARGS ?=
 BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
+PYTEST = $(BIN)/python -m pytest --numprocesses $(TEST_JOBS) --dist worksteal
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # The exact release that constraints.txt names; a bare `torch` would let pip choose another build.
@@ -20,7 +21,7 @@ TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 BUILD_BACKEND := $(shell sed -n '/^hatchling==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-matrix fuzz check format golden verify-tensorrt bench train docs site build clean distclean
+.PHONY: help venv demo test test-all coverage test-matrix fuzz check format golden verify-tensorrt bench train docs site build clean distclean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS="$$(printf '\t')" read -r target text; do \
@@ -39,8 +40,14 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## Run the demonstration: a small vision-language model, full KV cache against a fraction of it
 	$(BIN)/tgvkv demo
 
-test: $(STAMP) ## Run every test (PYTEST_ARGS='-m "not slow"' leaves out the long ones)
-	$(BIN)/python -m pytest --numprocesses $(TEST_JOBS) --dist worksteal $(PYTEST_ARGS)
+test: $(STAMP) ## Run the tests, each feature once (PYTEST_ARGS='tests/passes' for some of them)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+test-all: $(STAMP) ## Run every test, the slow ones too
+	$(PYTEST) $(PYTEST_ARGS)
+
+coverage: $(STAMP) ## Run what `make test` runs and report the lines of tgvkv_compile that it reaches
+	$(PYTEST) -m "not slow" --cov=tgvkv_compile --cov-report=term-missing:skip-covered $(PYTEST_ARGS)
 
 test-matrix: ## Run every test on the oldest and newest torch and transformers (MATRIX_ARGS='--pairs 5.17.0:2.13.0 -- -m "not slow"')
 	$(PYTHON) tests/matrix.py --jobs $(TEST_JOBS) $(MATRIX_ARGS)
@@ -82,7 +89,7 @@ build: $(STAMP) ## Build the sdist and the wheel into dist/
 	$(BIN)/python -m build --no-isolation
 
 clean: ## Remove build outputs and caches
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf build dist *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find tgvkv_compile tests bench -type d -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean ## Remove the virtual environments and what the fuzzer wrote as well

@@ -14,6 +14,7 @@ from tests.support.comparing import assert_same_run, assert_same_traces
 from tests.support.models import IMAGE, Shape, make_inputs, make_model
 from tests.support.reference import ReferenceTrace, reference, reference_turn
 from tests.support.running import Trace, kept_of, run, second_turn
+from tests.support.sharing import Sharing
 from tgvkv_compile import inspect_cache, tgvkv_backend
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.runtime.logical import LogicalKV
@@ -34,18 +35,34 @@ def expected_of(prompts: Any, config: EvictionConfig | None = None, steps: int =
     return trace
 
 
-def compiled_model(budget: float = BUDGET, lowering: Any = "eager") -> tuple[Any, Any]:
-    """A model compiled in place, and its backend."""
-    model, backend = make_model(SHAPE), tgvkv_backend(budget, lowering=lowering)
-    model.compile(backend=backend)
-    return model, backend
+@pytest.fixture
+def fresh_compiler() -> None:
+    """In place of the one that forgets compiled code before each test: `compiled_model`s share what dynamo traced."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def forgetful() -> None:
+    """Forgets it after all."""
+    torch._dynamo.reset()
+
+
+@functools.cache
+def sharing() -> Sharing:
+    return Sharing(make_model(SHAPE), tgvkv_backend(BUDGET, lowering="eager"))
+
+
+def compiled_model(budget: float = BUDGET, lowering: Any = "eager", **options: Any) -> tuple[Any, Any]:
+    """A model, the same each time, compiled in place this way until the next call of this function; and its backend."""
+    shared, backend = sharing(), tgvkv_backend(budget, lowering=lowering, **options)
+    shared.asked = backend
+    return shared.model, backend
 
 
 @pytest.mark.parametrize("lowering", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_prefill_cap_that_no_layer_meets_changes_nothing(lowering: Any) -> None:
     """Every layer wants the same here, so that the mean budget itself is cap enough."""
-    model = make_model(SHAPE)
-    model.compile(backend=tgvkv_backend(BUDGET, budgeting="uniform", prefill_cap=1.0, lowering=lowering))
+    model, _ = compiled_model(budgeting="uniform", prefill_cap=1.0, lowering=lowering)
     config = EvictionConfig(BUDGET, budgeting="uniform")
     assert_same_run(run(model, make_inputs(PADDED), STEPS), expected_of(PADDED, config))
 
@@ -103,6 +120,7 @@ ALL_WAYS: list[Way] = [_in_place, _forward, _wrapped, _helper, _by_name, _by_nam
 GENERATING_WAYS: list[Way] = [_in_place, _forward, _helper, _by_name_in_place]
 
 
+@pytest.mark.usefixtures("forgetful")
 @pytest.mark.parametrize("way", ALL_WAYS)
 def test_called_in_a_loop(way: Way) -> None:
     expected = expected_of(SINGLE)
@@ -110,6 +128,7 @@ def test_called_in_a_loop(way: Way) -> None:
     assert_same_run(run(model, make_inputs(SINGLE), STEPS), expected)
 
 
+@pytest.mark.usefixtures("forgetful")
 @pytest.mark.parametrize("way", GENERATING_WAYS)
 def test_generate(way: Way) -> None:
     expected, inputs = expected_of(SINGLE), make_inputs(SINGLE)
@@ -117,6 +136,7 @@ def test_generate(way: Way) -> None:
     check_generated(generate(model, inputs), inputs, expected)
 
 
+@pytest.mark.usefixtures("forgetful")
 @pytest.mark.parametrize("give_mask", [True, False])
 def test_a_loop_without_position_ids(give_mask: bool) -> None:
     """The model takes positions from the cache, which has the true length."""

@@ -13,6 +13,7 @@ from tests.support.comparing import TOLERANCE, assert_same_run
 from tests.support.models import IMAGE, Shape, make_inputs, make_model
 from tests.support.reference import reference, reference_turn
 from tests.support.running import Trace, run, second_turn
+from tests.support.sharing import Sharing
 from tests.support.wrapped import ScaledWeight, scale_weights
 from tgvkv_compile import tgvkv_backend
 from tgvkv_compile.config import EvictionConfig
@@ -48,16 +49,29 @@ def int4(model: Any) -> None:
 Quantise = Callable[[Any], None]
 
 
+@pytest.fixture
+def fresh_compiler() -> None:
+    """In place of the one that forgets compiled code before each test: they share what dynamo traced."""
+    torch.manual_seed(0)
+
+
 def quantised(quantise: Quantise, seed: int = SHAPE.seed) -> Any:
     model = make_model(Shape(layers=3, heads=4, kv_heads=2, seed=seed))
     quantise(model)
     return model
 
 
-def compiled(quantise: Quantise, budget: float, lowering: Any = "eager", seed: int = SHAPE.seed) -> Any:
-    model = quantised(quantise, seed)
-    model.compile(backend=tgvkv_backend(budget, lowering=lowering))
-    return model
+@functools.cache
+def sharing(quantise: Quantise) -> Sharing:
+    """A model whose graphs are traced once for all budgets and lowerings."""
+    return Sharing(quantised(quantise), tgvkv_backend(0.3, lowering="eager"))
+
+
+def asked(quantise: Quantise, budget: float, lowering: Any) -> Any:
+    """That model, compiled this way until it is asked for another."""
+    shared = sharing(quantise)
+    shared.asked = tgvkv_backend(budget, lowering=lowering)
+    return shared.model
 
 
 @functools.cache
@@ -80,7 +94,7 @@ WAYS = [
 @pytest.mark.parametrize(("quantise", "lowering"), WAYS)
 def test_prompt_steps_and_a_later_turn(quantise: Quantise, lowering: Any) -> None:
     expected, expected_turn = expected_of(quantise, 0.3)
-    model = compiled(quantise, 0.3, lowering)
+    model = asked(quantise, 0.3, lowering)
     found = run(model, make_inputs(PROMPTS), STEPS)
     assert_same_run(found, expected)
     assert_same_run(second_turn(model, found.cache, found.mask, QUESTION, STEPS), expected_turn)
@@ -90,7 +104,7 @@ def test_prompt_steps_and_a_later_turn(quantise: Quantise, lowering: Any) -> Non
 @torch.no_grad()
 def test_the_whole_budget_is_the_uncompiled_quantised_model(quantise: Quantise, lowering: Any) -> None:
     expected = quantised(quantise).generate(**make_inputs(PROMPTS), **GENERATE)
-    found = compiled(quantise, 1.0, lowering).generate(**make_inputs(PROMPTS), **GENERATE)
+    found = asked(quantise, 1.0, lowering).generate(**make_inputs(PROMPTS), **GENERATE)
     assert torch.equal(found.sequences, expected.sequences)
     for logits, wanted in zip(found.logits, expected.logits, strict=True):
         torch.testing.assert_close(logits, wanted, atol=TOLERANCE, rtol=TOLERANCE)

@@ -1,5 +1,6 @@
 """Rankings in compiled models: by name against the oracle, functions as `docs/policies.md` says, errors that name them."""
 
+import functools
 import re
 from pathlib import Path
 from typing import Any, get_args
@@ -11,6 +12,7 @@ from tests.support.comparing import assert_same_run
 from tests.support.models import IMAGE, Shape, make_inputs, make_model
 from tests.support.reference import reference, reference_turn
 from tests.support.running import kept_of, run, second_turn
+from tests.support.sharing import Sharing
 from tgvkv_compile import explain, inspect_cache, tgvkv_backend
 from tgvkv_compile.config import Budgeting, EvictionConfig
 from tgvkv_compile.config import Ranking as RankingName
@@ -23,10 +25,21 @@ PADDED = ((5, 9), (3, 2, 12))
 PAGE = Path(__file__).parents[2] / "docs" / "policies.md"
 
 
+@functools.cache
+def sharing() -> Sharing:
+    return Sharing(make_model(SHAPE), tgvkv_backend(0.4, lowering="eager"))
+
+
+@pytest.fixture
+def fresh_compiler() -> None:
+    """In place of the one that forgets compiled code before each test: they share what dynamo traced."""
+    torch.manual_seed(0)
+
+
 def compiled(ranking: Any, **options: Any) -> Any:
-    model = make_model(SHAPE)
-    model.compile(backend=tgvkv_backend(0.4, ranking=ranking, **{"lowering": "eager", **options}))
-    return model
+    """One model in whichever way it was compiled last: it must have answered before it is compiled otherwise."""
+    sharing().asked = tgvkv_backend(**{"budget": 0.4, "ranking": ranking, "lowering": "eager", **options})
+    return sharing().model
 
 
 @pytest.mark.parametrize("prompts", [((5, 9),), PADDED], ids=["single", "padded"])
@@ -113,8 +126,7 @@ def test_budgeting_by_the_function_of_the_page() -> None:
     (code,) = re.findall(r"```python\n(def top_heavy.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     scope: dict[str, Any] = {"torch": torch, "tgvkv_backend": tgvkv_backend, "__name__": "example"}
     exec(compile(code, str(PAGE), "exec"), scope)
-    model, inputs = make_model(SHAPE), make_inputs(PADDED)
-    model.compile(backend=tgvkv_backend(0.5, budgeting=scope["top_heavy"], lowering="eager"))
+    model, inputs = compiled("twr", budget=0.5, budgeting=scope["top_heavy"]), make_inputs(PADDED)
     expected = reference(
         make_model(SHAPE), inputs, 3, config=EvictionConfig(0.5, budgeting=scope["top_heavy"]), image_token=IMAGE
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tests.support.models import Shape, make_inputs, make_model
 from tests.support.running import kept_of, positions_of
+from tests.support.sharing import Sharing
 from tests.support.talking import Conversation
 from tgvkv_compile import inspect_cache, tgvkv_backend
 from tgvkv_compile.config import EvictionConfig
@@ -26,11 +27,23 @@ SECOND = ((4, 6), (7,), (2, 3, 5))
 """A picture turn: one picture, none, two; so it is padded, too."""
 
 
+@pytest.fixture
+def fresh_compiler() -> None:
+    """In place of the one that forgets compiled code before each test: they share what dynamo traced."""
+    torch.manual_seed(0)
+
+
+@functools.cache
+def sharing(shape: Shape) -> Sharing:
+    return Sharing(make_model(shape), tgvkv_backend(0.3, lowering="eager"))
+
+
 def compiled(shape: Shape, config: EvictionConfig, **options: Any) -> tuple[Any, Any]:
+    """A model, the same for each shape, compiled in place this way until the next call; and its backend."""
     given = {name: getattr(config, name) for name in config.__dataclass_fields__}
-    model, backend = make_model(shape), tgvkv_backend(**given, **{"lowering": "eager", **options})
-    model.compile(backend=backend)
-    return model, backend
+    shared, backend = sharing(shape), tgvkv_backend(**given, **{"lowering": "eager", **options})
+    shared.asked = backend
+    return shared.model, backend
 
 
 def start(shape: Shape, config: EvictionConfig, **options: Any) -> tuple[Conversation, Any]:
@@ -218,8 +231,8 @@ _ACTIONS = st.one_of(
 
 
 @functools.cache
-def _models(config: EvictionConfig) -> tuple[Any, Any]:
-    return compiled(GROUPED, config, growth_reserve=2)[0], make_model(GROUPED)
+def _backend_and_stock(config: EvictionConfig) -> tuple[Any, Any]:
+    return compiled(GROUPED, config, growth_reserve=2)[1], make_model(GROUPED)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=["ratio", "vision-fixed"])
@@ -231,7 +244,9 @@ def _models(config: EvictionConfig) -> tuple[Any, Any]:
 @settings(max_examples=4)
 def test_any_sequence_of_turns(config: EvictionConfig, prompts: Any, actions: Any, seed: int) -> None:
     """A batch of two; each action is on one of the conversations that have branched off by then."""
-    model, stock = _models(config)
+    backend, stock = _backend_and_stock(config)
+    sharing(GROUPED).asked = backend
+    model = sharing(GROUPED).model
     talks = [Conversation(model, stock, config).say(turn(prompts, GROUPED, seed))]
     turned = [False]  # the turns of a batch may be padded, and then nothing can be taken back
     for number, (which, (action, argument)) in enumerate(actions):

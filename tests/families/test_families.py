@@ -1,4 +1,4 @@
-"""Every family at the whole budget is the uncompiled model. What they do at others: `test_sizes`."""
+"""Pictures and videos in one prompt, and what the tests of families share. What every family does: `test_sizes`."""
 
 import json
 from pathlib import Path
@@ -27,11 +27,6 @@ FAIL_ALONE = {"image": ("llama4",), "video": ("llava_onevision",)}
 the placeholders that these tests count for a video of llava_onevision are not those that the model wants."""
 
 
-def recorded(what: str) -> list[str]:
-    """The families that have something under this name."""
-    return [name for name, record in RECORD.items() if record[what]]
-
-
 def fails_alone(name: str, kind: Kind = "image") -> str | None:
     """Why a family of `FAIL_ALONE` cannot be tried, if the uncompiled model fails with these inputs, too."""
     if name == "aria" and torch.__version__ < "2.12" and transformers.__version__ < "5.18":
@@ -54,13 +49,6 @@ def skip_what_fails_alone(name: str, kind: Kind = "image") -> None:
         pytest.skip(reason)
 
 
-def compiled(family: Family, budget: float) -> tuple[Any, Any]:
-    """A model compiled in place, and its backend."""
-    model, backend = make_model(family), tgvkv_backend(budget, lowering="eager")
-    model.compile(backend=backend)
-    return model, backend
-
-
 def mixed(kind: Kind) -> tuple[Prompt, ...]:
     """Different lengths, a sample with two images or videos, one without."""
     return ((5, kind, 7), (3, kind, 2, kind, 6), (9,))
@@ -75,27 +63,13 @@ def expected_of(family: Family, inputs: Any) -> ReferenceTrace:
     return trace
 
 
-@pytest.mark.parametrize("name", recorded("graphs"))
-def test_the_whole_budget_is_the_uncompiled_model(name: str) -> None:
-    skip_what_fails_alone(name)
-    family = FAMILIES[name]
-    model, _ = compiled(family, 1.0)
-    inputs = make_inputs(family, model, mixed("image"))
-    found = traced_generate(model, inputs, STEPS)
-    wanted = traced_generate(make_model(family), inputs, STEPS, lambda *_: [])
-    assert torch.equal(found.continuation, wanted.continuation)
-    for logits, dense in zip(found.logits, wanted.logits, strict=True):
-        torch.testing.assert_close(logits, dense, atol=1e-4, rtol=1e-4)
-    for length, layers in zip((inputs["attention_mask"].sum(1) + STEPS).tolist(), found.kept[-1], strict=True):
-        assert all(layer == list(range(length)) for layer in layers)
-
-
 @pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision"])
 def test_an_image_and_a_video_in_one_prompt(name: str) -> None:
     """Two merges in one graph: vision is what either of them fills."""
     skip_what_fails_alone(name, "video")
     family = FAMILIES[name]
-    model, backend = compiled(family, BUDGET)
+    model, backend = make_model(family), tgvkv_backend(BUDGET, lowering="eager")
+    model.compile(backend=backend)
     inputs = make_inputs(family, model, ((4, "video", 3, "image", 8),))
     assert_same_run(traced_generate(model, inputs, STEPS), expected_of(family, inputs))
     assert of_generate(model, backend.graphs) == RECORD[name]["graphs"]

@@ -2,72 +2,92 @@
 
 import inspect
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from tests.families.process import Process, added
+from tests.families.process import WHOLE, Process, added
 from tests.families.shrunk import FAMILIES, GRIDS, REFUSED, known, make_inputs, make_model
 from tests.support.counting import of_decoder
-from tests.support.running import traced_generate
 from tgvkv_compile import tgvkv_backend
+from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.errors import UnsupportedGraphError
 
 RECORD: dict[str, Any] = json.loads((Path(__file__).parents[2] / "docs" / "models.json").read_text(encoding="utf-8"))
 BUDGET = 0.3
+BATCHES = (((5, 7), (3, 2, 6)), ((5, 7), (9,), (2, 11)), ((4, 9),) * 4)
 QUICK = ("cosmos3_omni", "gemma4")
 """Deepstack, and sliding windows."""
 
 
-def model_and_inputs(name: str) -> tuple[Any, dict[str, Tensor]]:
+@pytest.fixture
+def fresh_compiler() -> None:
+    """In place of the one that forgets compiled code before each test: the tests of a family share a process."""
+    torch.manual_seed(0)
+
+
+def skip_unknown(name: str) -> None:
     """Skips what the installed transformers does not have, or does not encode before the prefill."""
     if not known(name):
         pytest.skip(f"the installed transformers has no {name}")
     if "mm_encoder_outputs" not in inspect.signature(LlavaForConditionalGeneration.forward).parameters:
         pytest.skip("features can be handed over since transformers 5.23")
-    model = make_model(name, {**FAMILIES, **REFUSED}[name])
-    return model, make_inputs(model)
 
 
-@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES])
-def test_one_graph_for_every_prompt(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model_and_inputs(name)
+@pytest.fixture(scope="module")
+def process(request: pytest.FixtureRequest) -> Iterator[tuple[str, Process]]:
+    """A family, and its process, in which each of the tests finds what the others compiled."""
+    name = request.param
+    skip_unknown(name)
     sizes = 1 if FAMILIES[name].features == "tensor" else len(GRIDS)  # one tensor of features: all pictures are alike
-    process = Process(
-        lambda: make_model(name, FAMILIES[name]),
-        lambda model, prompts, seed: make_inputs(model, prompts, first=seed % len(GRIDS), sizes=sizes, seed=seed),
-        monkeypatch,
-    )
+    torch._dynamo.reset()
+    with pytest.MonkeyPatch.context() as patch:
+        yield (
+            name,
+            Process(
+                lambda: make_model(name, FAMILIES[name]),
+                lambda model, prompts, seed: make_inputs(model, prompts, first=seed % len(GRIDS), sizes=sizes, seed=seed),
+                patch,
+                {WHOLE: EvictionConfig(1.0)},
+            ),
+        )
+
+
+@pytest.mark.parametrize(
+    "process", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES], indirect=True
+)
+def test_one_graph_for_every_prompt(process: tuple[str, Process]) -> None:
+    name, asked = process
     graphs = RECORD["decoders"][name]
-    process.generate(((5, 9),), ((3, 2, 6),), ((70, 62),), ((2, 1, 3, 7),), ((6, 4),))
-    assert process.graphs() == graphs
-    process.generate(((12,),), ((17,),))
-    assert process.graphs() == {**graphs, "dense": sum(graphs.values())}
-    process.generate(((5, 7), (3, 2, 6)), ((5, 7), (9,), (2, 11)), ((4, 9),) * 4)
-    process.generate(((3, 2, 6),))
-    assert of_decoder(process.graphs()) == added(graphs, graphs)
+    asked.generate(((5, 9),), ((3, 2, 6),), ((70, 62),), ((2, 1, 3, 7),), ((6, 4),))
+    assert asked.graphs() == graphs
+    asked.generate(((12,),), ((17,),))
+    assert asked.graphs() == {**graphs, "dense": sum(graphs.values())}
+    asked.generate(*BATCHES, ((3, 2, 6),))
+    assert of_decoder(asked.graphs()) == added(graphs, graphs)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_the_whole_budget_is_the_uncompiled_model(name: str) -> None:
-    model, inputs = model_and_inputs(name)
-    wanted = traced_generate(model, inputs, 3, lambda *_: [])
-    model.compile(backend=tgvkv_backend(1.0, lowering="eager"))
-    found = traced_generate(model, inputs, 3)
-    assert torch.equal(found.continuation, wanted.continuation)
-    for logits, dense in zip(found.logits, wanted.logits, strict=True):
-        torch.testing.assert_close(logits, dense, atol=1e-4, rtol=1e-4)
-    for length, layers in zip((inputs["attention_mask"].sum(1) + 3).tolist(), found.kept[-1], strict=True):
-        assert all(layer == list(range(length)) for layer in layers)
+@pytest.mark.parametrize("process", FAMILIES, indirect=True)
+def test_batches(process: tuple[str, Process]) -> None:
+    """At a budget of 0.3, and at the whole one, where the answers are the uncompiled model's."""
+    name, asked = process
+    if not asked.graphs()["prefill"]:  # the test above asks the same process for batches, too
+        asked.generate(*BATCHES)
+        assert asked.graphs() == RECORD["decoders"][name]
+    asked.generate_whole(make_inputs(asked.model), 3, options=WHOLE)
+    assert of_decoder(asked.graphs(WHOLE)) == of_decoder(RECORD["decoders"][name])
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_work_is_refused(name: str) -> None:
-    model, inputs = model_and_inputs(name)
+    skip_unknown(name)
+    torch._dynamo.reset()
+    model = make_model(name, REFUSED[name])
+    inputs = make_inputs(model)
     model.compile(backend=tgvkv_backend(BUDGET, lowering="eager"))
     with pytest.raises(UnsupportedGraphError, match=r"sites cannot be rewritten|dynamo split the decoder"):
         model.generate(**inputs, max_new_tokens=2, do_sample=False)
