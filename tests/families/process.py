@@ -24,6 +24,19 @@ MAIN = "main"
 WHOLE = "whole"
 
 
+STATIC_BATCH = (
+    *("lfm2_vl", "qwen3_5"),
+    *("lfm3_vl", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "qwen3_5_moe"),
+)
+"""Linear attention: where a process begins with a batch, the first decode graph is of that batch size alone, the second serves
+all. After a single prompt it is one, as everywhere."""
+
+
+def batches_first(name: str, graphs: dict[str, int]) -> dict[str, int]:
+    """The graphs of a process that begins with batches, of those of one that begins with single prompts."""
+    return {**graphs, "decode": graphs["decode"] + (name in STATIC_BATCH)}
+
+
 def backend_of(config: EvictionConfig) -> Any:
     return tgvkv_backend(config.budget, ranking=config.ranking, lowering="eager")
 
@@ -98,7 +111,7 @@ class Process:
     def graphs(self, options: str = MAIN) -> dict[str, int]:
         """What dynamo handed over; what is compressed of it was lowered, and once."""
         graphs = dict(self._backends[options].graphs)
-        assert self.lowered[options] == graphs["prefill"] + graphs["decode"]
+        assert self.lowered[options] == graphs.get("prefill", 0) + graphs.get("decode", 0)
         return graphs
 
     def _question(self, prompts: Any, steps: int) -> tuple[dict[str, Tensor], ReferenceTrace]:

