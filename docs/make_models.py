@@ -28,7 +28,7 @@ batches of two, three and four samples, padded and not. The graphs that dynamo m
   another prefill and decode graph. What encodes and merges pictures, and finds positions by them, runs uncompiled before.
 - **Sliding windows** and chunks: decoding takes a second graph where a prompt is shorter than the window, until it is full.
 - **one or many**: no, one and more images in a sample; **batch**: samples of different lengths, padded on the left.
-- Where a process begins with a batch, not with a single prompt, families with linear attention (lfm2_vl, qwen3_5) take a second decode graph:
+- Where a process begins with a batch, not with a single prompt, families with linear attention take a second decode graph:
   the first is of that batch size alone.
 - Every family equals the uncompiled model at budget 1.0 as well, tokens and logits.
 
