@@ -1,11 +1,14 @@
 """What kernels are held against."""
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tests.kernels.cases import StepCase
+from tests.kernels.bounds import check_bounded
+from tests.kernels.cases import StepCase, random_step
 from tests.ops.prompts import Layer
 from tgvkv_compile.ops import decode_step as op
 from tgvkv_compile.ops.attention_rows import AttentionRows
@@ -14,6 +17,8 @@ from tgvkv_compile.ops.roles import Roles
 from tgvkv_compile.ops.state import CompactState
 from tgvkv_compile.ops.weighing import Weighed, plain_weigh
 
+Step = Callable[..., Tensor]
+"""Takes query, key, value, state, layer, scale, `decode` and the number of sinks, as `fused_decode_step` does."""
 NOISE = 1e-5
 """Relative difference of attentions below which float32 may order them either way."""
 
@@ -42,6 +47,33 @@ def same_books(actual: CompactState, expected: CompactState) -> None:
         assert torch.equal(got, wanted), name
 
 
+def check_step(step: Step, case: StepCase, decode: str, sink: int = 4) -> None:
+    """One step, from the output to the books."""
+    state = case.fresh()
+    output = step(case.query, case.key, case.value, state, case.layer, case.scale, decode, sink)
+    expected, books = plain(case, decode, sink)
+    exact, _, _, largest = case.exact()
+    check_bounded(output, expected, exact, largest_logit=largest)
+    assert output.is_contiguous() and output.shape == case.query.shape
+    same_books(state if decided(case, sink) else CompactState(*state[:2], *books[2:]), books)
+
+
+def check_many_steps(step: Step, decode: str, dtype: torch.dtype = torch.float32) -> None:
+    """Twelve steps of two layers, the books compared after each."""
+    case = random_step(batch=2, kv_heads=1, group=2, dim=64, layers=2, longest=30, seed=3, dtype=dtype)
+    ours, theirs = case.fresh(), case.fresh()
+    for _ in range(12):
+        new = [torch.randn(2, heads, 1, 64, dtype=dtype) for heads in (2, 1, 1)]
+        for layer in range(2):
+            got = step(*new, ours, layer, 0.125, decode, 4)
+            expected = op._decode_step(*new, *theirs, layer, 0.125, decode, 4)
+            torch.testing.assert_close(got, expected)
+        same_books(ours, theirs)
+        ours, theirs = (state._replace(lengths=state.lengths + 1) for state in (ours, theirs))
+    moved = ours.segment_len - case.state.segment_len
+    assert bool((moved == 12).all()) if decode == "keep" else bool((moved < 12).any())
+
+
 def exact_scores(layer: Layer) -> tuple[Tensor, Tensor, Tensor, float]:
     """In float64: the log-sum-exp `[B, H, N]`, mass `[B]`, score `[B, N]` and the largest logit."""
     group = layer.q.shape[1] // layer.k.shape[1]
@@ -66,3 +98,24 @@ def scores(weigh: Any, rows: AttentionRows, roles: Roles) -> tuple[Tensor, Tenso
 
 def unfused_weigh(weights: Tensor, wanted: Tensor | None, rows: AttentionRows) -> tuple[Tensor, Tensor]:
     return plain_weigh(weights, wanted, *rows)
+
+
+def check_scores(weigh: Any, layer: Layer) -> None:
+    """Mass and scores of TGV-KV by `weigh`, which takes weights, wanted columns and [`AttentionRows`][]."""
+    lse, mass, score, largest = exact_scores(layer)
+    rows = layer.rows(lse.float())
+    plain, fused = (scores(one, rows, layer.roles) for one in (unfused_weigh, weigh))
+    check_bounded(fused[0], plain[0], mass, largest_logit=largest)
+    check_bounded(fused[1], plain[1], score, largest_logit=largest)
+    assert bool((fused[1][~layer.roles.valid] == 0).all())
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Torch's threads within."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

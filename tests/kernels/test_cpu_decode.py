@@ -2,40 +2,38 @@
 
 import dataclasses
 import logging
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, library
 
-from tests.kernels.bounds import check_bounded
 from tests.kernels.cases import StepCase, random_step
-from tests.kernels.comparing import decided, plain, same_books
-from tgvkv_compile.ops import decode_step as op
+from tests.kernels.comparing import check_many_steps, check_step, decided, plain, same_books, threads
+from tgvkv_compile.ops.kernels.cpu import compiled
 from tgvkv_compile.ops.kernels.cpu import decode as cpu_decode
-from tgvkv_compile.ops.kernels.cpu import library
 from tgvkv_compile.ops.state import CompactState
 
 DTYPES = [torch.float32, torch.bfloat16]
 MODES = ["ratio", "fixed", "keep"]
 
 
-def by_kernel(case: StepCase, decode: str, sink: int = 4) -> tuple[Tensor, CompactState]:
-    state = case.fresh()
-    kernel = cpu_decode.kernel_for(case.query, case.key, case.value, state)
+def by_kernel(query: Tensor, key: Tensor, value: Tensor, state: CompactState, *options: Any) -> Tensor:
+    kernel = cpu_decode.kernel_for(query, key, value, state)
     assert kernel is not None
-    new = (case.query, case.key, case.value)
-    return cpu_decode.decode_step_by(kernel, *new, state, case.layer, case.scale, decode, sink), state
+    return cpu_decode.decode_step_by(kernel, query, key, value, state, *options)
 
 
-def check(case: StepCase, decode: str, sink: int = 4) -> None:
-    output, state = by_kernel(case, decode, sink)
-    expected, books = plain(case, decode, sink)
-    exact, _, _, largest = case.exact()
-    check_bounded(output, expected, exact, largest_logit=largest)
-    assert output.is_contiguous() and output.shape == case.query.shape
-    same_books(state if decided(case, sink) else CompactState(*state[:2], *books[2:]), books)
+def by_op(query: Tensor, key: Tensor, value: Tensor, state: CompactState, *options: Any) -> Tensor:
+    output: Tensor = torch.ops.tgvkv.decode_step(query, key, value, *state, *options)
+    return output
+
+
+def stepped(case: StepCase, decode: str) -> tuple[Tensor, CompactState]:
+    state = case.fresh()
+    return by_kernel(case.query, case.key, case.value, state, case.layer, case.scale, decode, 4), state
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -44,7 +42,7 @@ def check(case: StepCase, decode: str, sink: int = 4) -> None:
 def test_every_dtype_head_dim_and_kind_of_group(dtype: torch.dtype, dim: int, group: int, longest: int) -> None:
     case = random_step(batch=2, kv_heads=2, group=group, dim=dim, dtype=dtype, longest=longest, seed=dim + group)
     assert decided(case)
-    check(case, "ratio")
+    check_step(by_kernel, case, "ratio")
 
 
 @st.composite
@@ -65,30 +63,15 @@ def steps(draw: st.DrawFn) -> tuple[StepCase, str, int, int]:
 @given(steps())
 @settings(max_examples=150)
 def test_random_ragged_segments(drawn: tuple[StepCase, str, int, int]) -> None:
-    case, decode, sink, threads = drawn
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        check(case, decode, sink)
-    finally:
-        torch.set_num_threads(before)
+    case, decode, sink, count = drawn
+    with threads(count):
+        check_step(by_kernel, case, decode, sink)
 
 
 @pytest.mark.parametrize("decode", MODES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_many_steps_keep_the_same_books(decode: str, dtype: torch.dtype) -> None:
-    case = random_step(batch=2, kv_heads=1, group=2, dim=64, layers=2, longest=30, seed=3, dtype=dtype)
-    ours, theirs = case.fresh(), case.fresh()
-    for _ in range(12):
-        new = [torch.randn(2, heads, 1, 64, dtype=dtype) for heads in (2, 1, 1)]
-        for layer in range(2):
-            got = torch.ops.tgvkv.decode_step(*new, *ours, layer, 0.125, decode, 4)
-            expected = op._decode_step(*new, *theirs, layer, 0.125, decode, 4)
-            torch.testing.assert_close(got, expected)
-        same_books(ours, theirs)
-        ours, theirs = (state._replace(lengths=state.lengths + 1) for state in (ours, theirs))
-    moved = ours.segment_len - case.state.segment_len
-    assert bool((moved == 12).all()) if decode == "keep" else bool((moved < 12).any())
+    check_many_steps(by_op, decode, dtype)
 
 
 def test_of_equals_the_earlier_position_goes() -> None:
@@ -96,7 +79,7 @@ def test_of_equals_the_earlier_position_goes() -> None:
     case = random_step(batch=3, kv_heads=2, group=2, dim=16, longest=40, seed=5)
     case.state.key_arena.fill_(0.5)
     case.key.fill_(0.5)
-    output, state = by_kernel(case, "fixed")
+    output, state = stepped(case, "fixed")
     _, books = plain(case, "fixed")
     same_books(state, books)
     assert bool((state.slot_position == -1).sum() > 0) and bool(output.isfinite().all())
@@ -105,7 +88,7 @@ def test_of_equals_the_earlier_position_goes() -> None:
 def test_logits_far_apart() -> None:
     case = random_step(batch=1, kv_heads=1, group=1, dim=64, longest=50, seed=1)
     case = dataclasses.replace(case, query=case.query * 100)
-    output, _ = by_kernel(case, "keep")
+    output, _ = stepped(case, "keep")
     torch.testing.assert_close(output, plain(case, "keep")[0])
 
 
@@ -113,7 +96,7 @@ def test_queries_and_keys_as_projections_lay_them_out() -> None:
     case = random_step(batch=2, kv_heads=2, group=3, dim=64, longest=40, seed=2)
     apart = {name: getattr(case, name).transpose(1, 2).contiguous().transpose(1, 2) for name in ("query", "key", "value")}
     apart["query"] = torch.cat([apart["query"], apart["query"]], dim=1)[:, : case.query.shape[1]]  # of a fused projection
-    check(dataclasses.replace(case, **apart), "ratio")
+    check_step(by_kernel, dataclasses.replace(case, **apart), "ratio")
 
 
 def test_it_is_the_op() -> None:
@@ -123,7 +106,7 @@ def test_it_is_the_op() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu_decode, "decode_step_by", lambda *args: called.append(1) or step(*args))
         args = (case.query, case.key, case.value, *case.state, case.layer, case.scale, "ratio", 4)
-        torch.library.opcheck(torch.ops.tgvkv.decode_step.default, args)
+        library.opcheck(torch.ops.tgvkv.decode_step.default, args)
     assert called
 
 
@@ -146,9 +129,9 @@ def test_without_a_compiler_it_is_said_once(monkeypatch: pytest.MonkeyPatch, cap
     def fail(*_: object) -> None:
         raise RuntimeError("no g++")
 
-    monkeypatch.setattr(library, "load_cpp", fail)
+    monkeypatch.setattr(compiled, "load_cpp", fail)
     case = random_step(batch=1, kv_heads=1, group=1, dim=64, longest=20)
-    library.library.cache_clear()
+    compiled.compiled.cache_clear()
     try:
         with caplog.at_level(logging.WARNING, logger="tgvkv_compile"):
             for _ in range(2):
@@ -156,4 +139,4 @@ def test_without_a_compiler_it_is_said_once(monkeypatch: pytest.MonkeyPatch, cap
                 assert torch.equal(torch.ops.tgvkv.decode_step(*args), plain(case, "ratio")[0])
         assert len(caplog.messages) == 1 and "no g++" in caplog.messages[0]
     finally:
-        library.library.cache_clear()
+        compiled.compiled.cache_clear()

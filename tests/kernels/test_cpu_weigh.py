@@ -4,10 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, library
 
-from tests.kernels.bounds import check_bounded
-from tests.kernels.comparing import exact_scores, scores, unfused_weigh
+from tests.kernels.comparing import check_scores, exact_scores, threads, unfused_weigh
 from tests.ops.prompts import Layer, make_layer, vision_at
 from tgvkv_compile.ops import weighing
 from tgvkv_compile.ops.attention_rows import AttentionRows
@@ -23,15 +22,6 @@ def by_kernel(weights: Tensor, wanted: Tensor | None, rows: AttentionRows) -> tu
     return cpu_weigh.weigh_by(kernel, weights, wanted, rows)
 
 
-def check(layer: Layer) -> None:
-    lse, mass, score, largest = exact_scores(layer)
-    rows = layer.rows(lse.float())
-    plain, fused = (scores(weigh, rows, layer.roles) for weigh in (unfused_weigh, by_kernel))
-    check_bounded(fused[0], plain[0], mass, largest_logit=largest)
-    check_bounded(fused[1], plain[1], score, largest_logit=largest)
-    assert bool((fused[1][~layer.roles.valid] == 0).all())
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("dim", "heads", "kv_heads"), [(4, 2, 1), (64, 4, 4), (80, 7, 1), (96, 2, 1), (128, 8, 2), (256, 3, 1)]
@@ -39,7 +29,7 @@ def check(layer: Layer) -> None:
 def test_every_dtype_head_dim_and_group(dtype: torch.dtype, dim: int, heads: int, kv_heads: int) -> None:
     layer = make_layer(heads=heads, kv_heads=kv_heads, length=200, dim=dim, dtype=dtype)
     layer.scale = dim**-0.5
-    check(layer)
+    check_scores(by_kernel, layer)
 
 
 @st.composite
@@ -65,13 +55,9 @@ def layers(draw: st.DrawFn) -> Layer:
 
 @given(layers(), st.integers(1, 3))
 @settings(max_examples=150)
-def test_random_layers(layer: Layer, threads: int) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        check(layer)
-    finally:
-        torch.set_num_threads(before)
+def test_random_layers(layer: Layer, count: int) -> None:
+    with threads(count):
+        check_scores(by_kernel, layer)
 
 
 @given(layers(), st.data())
@@ -109,7 +95,7 @@ def test_it_is_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_weigh, "weigh_by", lambda *args: called.append(1) or by(*args))
     layer = make_layer(batch=2, heads=4, kv_heads=2, length=30, dim=8, mask="bool")
     lse = exact_scores(layer)[0].float()
-    torch.library.opcheck(torch.ops.tgvkv.weigh.default, (layer.weights()[:, :1], layer.roles.vision, *layer.rows(lse)))
+    library.opcheck(torch.ops.tgvkv.weigh.default, (layer.weights()[:, :1], layer.roles.vision, *layer.rows(lse)))
     assert called
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from tgvkv_compile.ops.kernels.cpu.library import library
+from tgvkv_compile.ops.kernels.cpu.compiled import compiled
 from tgvkv_compile.private import kernels_put_off, probe_instructions
 
 
@@ -36,7 +36,7 @@ def probe_processor() -> threading.Thread:
 
     def compile_kernels() -> None:
         probing.join()
-        library()
+        compiled()
 
     threading.Thread(target=compile_kernels, name="tgvkv-kernels", daemon=True).start()
     return probing

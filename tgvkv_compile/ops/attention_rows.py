@@ -31,6 +31,10 @@ class AttentionRows(NamedTuple):
     scale: float
     lse: Tensor | None = None
 
+    def wanted(self, columns: Tensor | None) -> Tensor:
+        """Bool `[B, S]`: of `columns` (None: all) those that are valid."""
+        return self.valid if columns is None else columns & self.valid
+
     def attention(self, start: int, end: int, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Head-mean attention and visibility of rows `start … end - 1`, both `[B, R, C]`.
 

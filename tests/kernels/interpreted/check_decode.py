@@ -4,11 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.kernels.bounds import check_bounded
 from tests.kernels.cases import StepCase, random_step
-from tests.kernels.comparing import decided, plain, same_books
+from tests.kernels.comparing import check_many_steps, check_step, decided, plain, same_books
 from tgvkv_compile.errors import InternalError
-from tgvkv_compile.ops import decode_step as op
 from tgvkv_compile.ops.kernels import decode as kernels
 from tgvkv_compile.ops.kernels.decode import fused_decode_step
 from tgvkv_compile.ops.state import CompactState
@@ -22,24 +20,12 @@ def fused(case: StepCase, decode: str, sink: int = 4) -> tuple[Tensor, CompactSt
     return fused_decode_step(case.query, case.key, case.value, state, case.layer, case.scale, decode, sink), state
 
 
-def check(case: StepCase, decode: str, sink: int = 4) -> None:
-    output, state = fused(case, decode, sink)
-    expected, books = plain(case, decode, sink)
-    exact, _, _, largest = case.exact()
-    check_bounded(output, expected, exact, largest_logit=largest)
-    assert output.is_contiguous() and output.shape == case.query.shape
-    if decided(case, sink):
-        same_books(state, books)
-    else:
-        same_books(CompactState(*state[:2], *books[2:]), books)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("dim", "group"), [(64, 1), (64, 4), (80, 7), (96, 2), (128, 1), (128, 8), (256, 3), (256, 1)])
 def test_every_dtype_head_dim_and_kind_of_group(dtype: torch.dtype, dim: int, group: int) -> None:
     case = random_step(batch=2, kv_heads=2, group=group, dim=dim, dtype=dtype, longest=90, seed=dim + group)
     assert decided(case)
-    check(case, "ratio")
+    check_step(fused_decode_step, case, "ratio")
 
 
 @st.composite
@@ -63,23 +49,12 @@ def test_random_ragged_segments(drawn: tuple[StepCase, str, int, int]) -> None:
     case, decode, sink, processors = drawn
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "processors", lambda device: processors)  # few: one part; many: more parts than blocks
-        check(case, decode, sink)
+        check_step(fused_decode_step, case, decode, sink)
 
 
 @pytest.mark.parametrize("decode", MODES)
 def test_many_steps_keep_the_same_books(decode: str) -> None:
-    case = random_step(batch=2, kv_heads=1, group=2, dim=64, layers=2, longest=30, seed=3)
-    ours, theirs = case.fresh(), case.fresh()
-    for _ in range(12):
-        new = [torch.randn(2, heads, 1, 64) for heads in (2, 1, 1)]
-        for layer in range(2):
-            got = fused_decode_step(*new, ours, layer, 0.125, decode, 4)
-            expected = op._decode_step(*new, *theirs, layer, 0.125, decode, 4)
-            torch.testing.assert_close(got, expected)
-        same_books(ours, theirs)
-        ours, theirs = (state._replace(lengths=state.lengths + 1) for state in (ours, theirs))
-    moved = ours.segment_len - case.state.segment_len
-    assert bool((moved == 12).all()) if decode == "keep" else bool((moved < 12).any())
+    check_many_steps(fused_decode_step, decode)
 
 
 @pytest.mark.parametrize("group", [1, 2])
@@ -168,7 +143,7 @@ def test_a_cache_of_another_dtype_under_autocast() -> None:
         case = random_step(
             batch=2, kv_heads=2, group=group, dim=64, dtype=torch.float32, query_dtype=torch.bfloat16, seed=group
         )
-        check(case, "ratio")
+        check_step(fused_decode_step, case, "ratio")
 
 
 def test_nan_is_not_a_way_out_of_the_arena() -> None:

@@ -3,8 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.bounds import check_bounded
-from tests.kernels.comparing import exact_scores, scores, unfused_weigh
+from tests.kernels.comparing import check_scores, exact_scores, scores, unfused_weigh
 from tests.ops.prompts import Layer, make_layer, vision_at
 from tgvkv_compile.ops.kernels import prefill as kernels
 from tgvkv_compile.ops.kernels.prefill import fused_applies, fused_weigh
@@ -13,13 +12,8 @@ MASKS = ["none", "bool", "additive", "prefix", "both"]
 
 
 def check(layer: Layer) -> None:
-    lse, mass, score, largest = exact_scores(layer)
-    rows = layer.rows(lse.float())
-    assert fused_applies(rows)
-    plain, fused = (scores(weigh, rows, layer.roles) for weigh in (unfused_weigh, fused_weigh))
-    check_bounded(fused[0], plain[0], mass, largest_logit=largest)
-    check_bounded(fused[1], plain[1], score, largest_logit=largest)
-    assert bool((fused[1][~layer.roles.valid] == 0).all())
+    assert fused_applies(layer.rows(torch.zeros(layer.q.shape[:3])))
+    check_scores(fused_weigh, layer)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

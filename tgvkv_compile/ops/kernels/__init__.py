@@ -1,4 +1,4 @@
-"""Kernels behind the opaque ops: in Triton for CUDA devices (`docs/gpu.md`), in C++ for CPUs (`decode_cpu`).
+"""Kernels behind the opaque ops: in Triton for CUDA devices (`docs/gpu.md`), in C++ for CPUs (`cpu`).
 
 `decode` and `prefill` launch what `decode_kernels` and `prefill_kernels` hold. Only these four import Triton, and the first
 call that needs them imports them: importing the package must not need it.
@@ -6,6 +6,9 @@ call that needs them imports them: importing the package must not need it.
 
 import functools
 import importlib.util
+
+DECODE_MODES = {"ratio": 0, "fixed": 1, "keep": 2}
+"""Numbers by which kernels know the values of `decode`."""
 
 
 @functools.cache

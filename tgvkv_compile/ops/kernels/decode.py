@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from tgvkv_compile.errors import InternalError
+from tgvkv_compile.ops.kernels import DECODE_MODES
 from tgvkv_compile.ops.kernels.decode_kernels import attend_split, finish_step
 from tgvkv_compile.ops.state import CompactState
 
-_MODES = {"ratio": 0, "fixed": 1, "keep": 2}
 _DTYPES = {torch.float32, torch.float16, torch.bfloat16}
 _MAX_DIM = 256
 _SMALLEST_PRODUCT = 16  # rows that `tl.dot` takes at least
@@ -183,7 +183,7 @@ def fused_decode_step(
         HEADS=plan.heads,
         SPLITS=plan.splits,
         PROGRAMS=plan.programs,
-        DECODE=_MODES[decode],
+        DECODE=DECODE_MODES[decode],
         num_warps=4,
         maxnreg=128,  # else the assembler spills to fit more programs onto a multiprocessor than there are
         # `length - total * rate` must round twice, as the plain op and the recorded cases do.

@@ -59,7 +59,7 @@ def fused_weigh(weights: Tensor, wanted: Tensor | None, rows: AttentionRows) -> 
         wanted: bool `[B, S]`, or None.
         rows: The attention; see [`fused_applies`][].
     """
-    columns = rows.valid if wanted is None else wanted & rows.valid
+    columns = rows.wanted(wanted)
     q, k = (x if x.stride(3) == 1 else x.contiguous() for x in (rows.q, rows.k))
     each = [_weigh_once(row, columns, rows._replace(q=q, k=k)) for row in weights.to(torch.float32).unbind(1)]
     return torch.stack([sums for sums, _ in each], dim=1), torch.stack([seen for _, seen in each], dim=1)

@@ -23,7 +23,7 @@ inline void dots(const float* query, const T* rows, int64_t dim, float* logits) 
 inline void softmax(float* row, int64_t count) {
     float largest = row[0];
     for (int64_t slot = 1; slot < count; ++slot) largest = std::max(largest, row[slot]);
-    const int64_t end = (count + LANES - 1) / LANES * LANES;
+    const int64_t end = whole_vectors(count);
     std::fill(row + count, row + end, -std::numeric_limits<float>::infinity());
     Vector totals = {};
     for (int64_t slot = 0; slot < end; slot += LANES) {
@@ -89,7 +89,7 @@ void attend(const Step& step, int64_t sample, int64_t kv_head, float* probabilit
     std::vector<float> query(group * dim);
     for (int64_t one = 0; one < group; ++one) {
         const T* from = static_cast<const T*>(step.query) + sample * step.query_sample + (kv_head * group + one) * step.query_head;
-        for (int64_t part = 0; part < dim; ++part) query[one * dim + part] = read(from + part) * static_cast<float>(step.scale);
+        read_scaled(from, dim, step.scale, &query[one * dim]);
     }
     float* shares = probabilities + (sample * step.heads + kv_head * group) * width;
     T* output = static_cast<T*>(step.output) + (sample * step.heads + kv_head * group) * dim;
@@ -152,7 +152,7 @@ void run(const Step& step) {
     int64_t width = 1, entries = 0;
     for (int64_t sample = 0; sample < step.batch; ++sample) {
         const int64_t used = step.segment_len[sample * step.layers + step.layer] + 1;
-        width = std::max(width, (used + LANES - 1) / LANES * LANES);
+        width = std::max(width, whole_vectors(used));
         entries += used;
     }
     static thread_local std::vector<float> scratch;

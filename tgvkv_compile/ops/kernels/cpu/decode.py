@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tgvkv_compile.ops.kernels.cpu.library import kernel
+from tgvkv_compile.ops.kernels import DECODE_MODES
+from tgvkv_compile.ops.kernels.cpu.compiled import kernel, record
 from tgvkv_compile.ops.state import CompactState
 
-MODES = {"ratio": 0, "fixed": 1, "keep": 2}
 _SIZES = (
     *("batch", "heads", "kv_heads", "dim", "slots", "layers", "layer"),
     *("query_sample", "query_head", "key_sample", "key_head", "value_sample", "value_head"),
@@ -23,14 +23,8 @@ _POINTERS = (
 )
 
 
-class _Step(ctypes.Structure):
-    """`struct Step` of the source."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in _SIZES),
-        ("scale", ctypes.c_double),
-        *((name, ctypes.c_void_p) for name in _POINTERS),
-    )
+_Step = record(_SIZES, _POINTERS)
+"""`struct Step` of the source."""
 
 
 def kernel_for(query: Tensor, key: Tensor, value: Tensor, state: CompactState) -> Callable[..., None] | None:
@@ -63,7 +57,7 @@ def decode_step_by(
     sizes: list[Any] = [batch, heads, key.shape[1], dim, state.slot_position.shape[1], state.segment_start.shape[1], layer]
     for tensor in strided:
         sizes += tensor.stride()[:2]
-    sizes += [MODES[decode], sink_tokens, torch.get_num_threads()]
+    sizes += [DECODE_MODES[decode], sink_tokens, torch.get_num_threads()]
     pointers = [tensor.data_ptr() for tensor in (*strided, output, *state[2:])]
     kernel(ctypes.byref(_Step(*sizes, scale, *pointers)))
     return output

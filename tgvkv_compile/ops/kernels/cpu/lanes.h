@@ -44,6 +44,13 @@ inline Vector read_lanes(const Bfloat16* from) {
     return lanes;
 }
 
+template <typename T>
+inline void read_scaled(const T* from, int64_t count, double scale, float* to) {
+    for (int64_t at = 0; at < count; ++at) to[at] = read(from + at) * static_cast<float>(scale);
+}
+
+inline int64_t whole_vectors(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
+
 inline void write(float number, float* to) { *to = number; }
 
 inline void write(float number, Bfloat16* to) {  // to the nearest, ties to even

@@ -10,7 +10,7 @@ extern "C" struct Weighing {
     double scale;
     const void *query, *key;
     const float *lse, *weights;            // [B, H, R] by its strides, [B, R]
-    const uint8_t *wanted, *valid, *mask;  // [B, S] or null, [B, S], by its strides or null
+    const uint8_t *wanted, *mask;  // [B, S], by its strides or null
     float *sums, *seen;                    // [B, S], zeros
 };
 
@@ -30,7 +30,7 @@ inline Chosen choose(const Weighing& given, int64_t sample) {
     for (int64_t row = 0; row < given.rows; ++row) {
         if (weights[row] != 0.0f) chosen.rows.push_back(static_cast<int32_t>(row));
     }
-    const uint8_t* flags = (given.wanted ? given.wanted : given.valid) + sample * given.columns;
+    const uint8_t* flags = given.wanted + sample * given.columns;
     for (int64_t column = 0; column < given.columns; ++column) {
         if (flags[column]) chosen.columns.push_back(static_cast<int32_t>(column));
     }
@@ -85,9 +85,7 @@ void weigh_heads(const Weighing& given, const Chosen& chosen, int64_t sample, in
         const T* query = static_cast<const T*>(given.query) + sample * given.query_sample + head * given.query_head;
         for (int64_t row = 0; row < many; ++row) {
             const T* from = query + chosen.rows[row] * given.query_row;
-            for (int64_t part = 0; part < dim; ++part) {
-                queries[row * dim + part] = read(from + part) * static_cast<float>(given.scale);
-            }
+            read_scaled(from, dim, given.scale, &queries[row * dim]);
             lse[row] = given.lse[sample * given.lse_sample + head * given.lse_head + chosen.rows[row] * given.lse_row];
         }
         for (int64_t column = 0; column < padded; column += PANEL) {

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tgvkv_compile.ops.attention_rows import AttentionRows
-from tgvkv_compile.ops.kernels.cpu.library import kernel
+from tgvkv_compile.ops.kernels.cpu.compiled import kernel, record
 
 _SIZES = (
     *("batch", "heads", "kv_heads", "dim", "rows", "columns"),
@@ -15,17 +15,11 @@ _SIZES = (
     *("lse_sample", "lse_head", "lse_row", "mask_sample", "mask_row", "mask_column"),
     *("is_causal", "threads"),
 )
-_POINTERS = ("query", "key", "lse", "weights", "wanted", "valid", "mask", "sums", "seen")
+_POINTERS = ("query", "key", "lse", "weights", "wanted", "mask", "sums", "seen")
 
 
-class _Weighing(ctypes.Structure):
-    """`struct Weighing` of the source."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in _SIZES),
-        ("scale", ctypes.c_double),
-        *((name, ctypes.c_void_p) for name in _POINTERS),
-    )
+_Weighing = record(_SIZES, _POINTERS)
+"""`struct Weighing` of the source."""
 
 
 def kernel_for(weights: Tensor, rows: AttentionRows) -> Callable[..., None] | None:
@@ -54,8 +48,7 @@ def weigh_by(kernel: Callable[..., None], weights: Tensor, wanted: Tensor | None
         sizes += [sample, row, column]
     sizes += [int(rows.is_causal), torch.get_num_threads()]
     given = weights[:, 0].to(torch.float32).contiguous()
-    asked = None if wanted is None else wanted.contiguous()
-    tensors = (rows.q, rows.k, rows.lse, given, asked, rows.valid.contiguous(), rows.attn_mask, sums, seen)
+    tensors = (rows.q, rows.k, rows.lse, given, rows.wanted(wanted).contiguous(), rows.attn_mask, sums, seen)
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
     kernel(ctypes.byref(_Weighing(*sizes, rows.scale, *pointers)))
     return sums, seen

@@ -1,8 +1,9 @@
-"""The library that the C++ sources beside this file become."""
+"""The C++ sources beside this file, compiled, and how their functions are called."""
 
+import ctypes
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 @functools.cache
-def library() -> Any:
-    """The library, loaded; None where there is no C++ compiler that works, which is said once.
+def compiled() -> Any:
+    """What the sources become, loaded; None where there is no C++ compiler that works, which is said once.
 
     Inductor compiles and caches it as it does its own kernels.
     """
@@ -35,5 +36,15 @@ def kernel(name: str, dtype: torch.dtype) -> Callable[..., None] | None:
     """The kernel of this name for tensors of this dtype; None: there is none."""
     if dtype not in _DTYPES:
         return None
-    loaded = library()
+    loaded = compiled()
     return None if loaded is None else getattr(loaded, f"{name}_{_DTYPES[dtype]}")
+
+
+def record(sizes: Sequence[str], pointers: Sequence[str]) -> type[ctypes.Structure]:
+    """The struct that a kernel takes: int64 sizes, the double `scale`, then pointers, as the source declares them."""
+    fields = (
+        *((name, ctypes.c_int64) for name in sizes),
+        ("scale", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in pointers),
+    )
+    return type("Record", (ctypes.Structure,), {"_fields_": fields})
