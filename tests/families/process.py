@@ -24,10 +24,7 @@ MAIN = "main"
 WHOLE = "whole"
 
 
-STATIC_BATCH = (
-    *("lfm2_vl", "qwen3_5"),
-    *("lfm3_vl", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "qwen3_5_moe"),
-)
+STATIC_BATCH = ("lfm2_vl", "lfm3_vl", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "qwen3_5", "qwen3_5_moe")
 """Linear attention: where a process begins with a batch, the first decode graph is of that batch size alone, the second serves
 all. After a single prompt it is one, as everywhere."""
 

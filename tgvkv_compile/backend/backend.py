@@ -14,7 +14,7 @@ from tgvkv_compile.backend.analysis import Analysis, analyse
 from tgvkv_compile.backend.arena_sizes import counter_of, fewest_vision, slots_of_example
 from tgvkv_compile.backend.cut import Cut
 from tgvkv_compile.backend.options import BackendOptions, misplaced, read_options, takes
-from tgvkv_compile.backend.programs import CachedProgram, PrefillProgram, Refusal, key_weight
+from tgvkv_compile.backend.programs import CachedProgram, PrefillProgram, Refusal, Source, key_weight
 from tgvkv_compile.backend.versions import warn_of_untried
 from tgvkv_compile.backend.vision_turn import LatePrefillProgram, VisionContinuationProgram
 from tgvkv_compile.errors import TgvkvError
@@ -120,16 +120,16 @@ class TgvkvBackend:
             rewrite()
             self._tell(f"stop_after={options.stop_after!r}: graphs are rewritten for inspection, the model runs uncompressed")
             return self._dense(graph)
-        weight = key_weight(plan, gm)
+        source = Source(rewrite, options, id(self), key_weight(plan, gm))
         if plan.kind == "prefill":
-            return PrefillProgram(rewrite, options, id(self), weight, counter)
+            return PrefillProgram(source, counter)
         if plan.kind == "late_prefill":
-            return LatePrefillProgram(rewrite, options, id(self), weight)
+            return LatePrefillProgram(source)
         position = {node.name: index for index, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
         appends = [append for site in plan.sites for append in (site.key, site.value)]
         pasts = [position[append.past.name] for append in appends if append.past is not None]
         program = VisionContinuationProgram if plan.kind == "vision_continuation" else CachedProgram
-        return program(rewrite, options, id(self), weight, pasts)
+        return program(source, pasts)
 
     def _dense(self, graph: Analysis) -> Callable[..., Any]:
         options = self.options

@@ -65,7 +65,7 @@ class BackendOptions(EvictionConfig):
         if self.options is not None and not isinstance(self.options, dict):
             raise ConfigError(f"options={self.options!r} must be a dict of Inductor options")
 
-    @property
+    @functools.cached_property
     def eviction(self) -> EvictionConfig:
         """What the eviction maths needs to know of them."""
         return EvictionConfig(**{name: getattr(self, name) for name in names_of(EvictionConfig)})

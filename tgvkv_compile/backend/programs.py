@@ -1,6 +1,7 @@
 """What dynamo's compiled frames call: a rewritten graph with the compact cache swapped in for the handles."""
 
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -51,13 +52,33 @@ class Refusal:
         raise self._error
 
 
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What a program is made of.
+
+    Attributes:
+        rewrite: Gives the rewritten graph, a new one each time.
+        options: Of the backend.
+        backend: Its `id`.
+        weight: From `key_weight`.
+    """
+
+    rewrite: Callable[[], Rewrite]
+    options: BackendOptions
+    backend: int
+    weight: int | None
+
+    def identity(self, inputs: Sequence[Any], layers: int) -> CacheIdentity:
+        """Whose cache it is that a call with these inputs makes."""
+        weight = 0 if self.weight is None else address_of(inputs[self.weight])
+        return CacheIdentity(self.backend, weight, layers)
+
+
 class CompiledRewrite:
     """A rewritten graph, lowered at its first call and again where a size falls outside what was compiled for."""
 
-    def __init__(
-        self, rewrite: Callable[[], Rewrite], first: Rewrite, options: BackendOptions, static: Collection[str] | None = None
-    ) -> None:
-        self._rewrite, self._options, self._static = rewrite, options, static
+    def __init__(self, source: Source, first: Rewrite, static: Collection[str] | None = None) -> None:
+        self._source, self._static = source, static
         self._first: Rewrite | None = first
         self._variants: tuple[Lowered, ...] = ()
 
@@ -75,8 +96,8 @@ class CompiledRewrite:
     def _lower(self) -> Lowered:
         # Lowering uses the graph up: one that was interrupted must not get the same graph again.
         first, self._first = self._first, None
-        rewrite = first if first is not None else self._rewrite()
-        options = self._options
+        rewrite = first if first is not None else self._source.rewrite()
+        options = self._source.options
         with _logged(f"{rewrite.plan.kind} graph of {rewrite.plan.num_layers} layers"):
             lowered = lower_rewritten(
                 rewrite.gm,
@@ -153,18 +174,11 @@ def put_handles(outputs: list[Any], slots: Sequence[tuple[int, int]], compact: C
 class PrefillProgram:
     """Runs a rewritten prefill and wraps its compact state into a cache and handles."""
 
-    def __init__(
-        self,
-        rewrite: Callable[[], Rewrite],
-        options: BackendOptions,
-        backend: int,
-        weight: int | None,
-        counter: GraphModule | None,
-    ) -> None:
-        first = rewrite()
+    def __init__(self, source: Source, counter: GraphModule | None) -> None:
+        first = source.rewrite()
         plan = first.plan
-        self._compiled = CompiledRewrite(rewrite, first, options)
-        self._options, self._backend, self._weight = options, backend, weight
+        self._compiled = CompiledRewrite(source, first)
+        self._source = source
         self._layers = plan.num_layers
         self._slots = [(site.key.output, site.value.output) for site in plan.sites]
         self._length = size_reader(first.gm, fake_tensor(plan.sites[0].key.node).shape[2])
@@ -175,7 +189,7 @@ class PrefillProgram:
         check_gradients(inputs)
         refuse_assisted_decoding()
         length = self._length(inputs)
-        options = self._options
+        options = self._source.options
         slots = arena_slots(
             self._layers,
             length,
@@ -189,11 +203,10 @@ class PrefillProgram:
         outputs, state = split_off(results, CompactState)
         if told.valid is not None:
             check_padding(told.valid)
-        weight = address_of(inputs[self._weight]) if self._weight is not None else 0
         compact = CompactCache(
             state,
             config=options.eviction,
-            identity=CacheIdentity(self._backend, weight, self._layers),
+            identity=self._source.identity(inputs, self._layers),
             history=told.history,
             logical_length=length,
             reserve=options.growth_reserve,
@@ -208,22 +221,15 @@ class PrefillProgram:
 class CachedProgram:
     """Runs a rewritten decode step or continuation on the compact cache that its handles stand for."""
 
-    def __init__(
-        self,
-        rewrite: Callable[[], Rewrite],
-        options: BackendOptions,
-        backend: int,
-        weight: int | None,
-        pasts: list[int],
-    ) -> None:
-        first = rewrite()
-        plan = first.plan
+    def __init__(self, source: Source, pasts: list[int]) -> None:
+        first = source.rewrite()
+        plan, options = first.plan, source.options
         self._kind = plan.kind
         replayed = plan.kind == "decode" and records_cuda_graphs(options.lowering, options.mode, options.options)
         self._pool = ArenaPool() if replayed else None
         static = {f"tgvkv_{name}" for name in CompactState._fields} if replayed else None
-        self._compiled = CompiledRewrite(rewrite, first, options, static)
-        self._backend, self._weight = backend, weight
+        self._compiled = CompiledRewrite(source, first, static)
+        self._source = source
         self._slots = [(site.key.output, site.value.output) for site in plan.sites]
         self._pasts = pasts  # key and value of each layer, by turns
         self._dropped = frozenset(pasts)
@@ -278,18 +284,18 @@ class CachedProgram:
         return compact
 
     def _check_owner(self, compact: CompactCache, inputs: Sequence[Any]) -> None:
-        identity = compact.identity
+        identity, source = compact.identity, self._source
         if identity.layers != len(self._slots):
             raise SplitDecoderError(
                 f"this graph holds {len(self._slots)} of the {identity.layers} layers of the KV cache: dynamo split the "
                 "decoder; TORCH_LOGS=graph_breaks tells where"
             )
-        if identity.backend != self._backend:
+        if identity.backend != source.backend:
             raise ForeignCacheError(
                 "this KV cache was compressed by another backend (another compiled model, or another call of "
                 "tgvkv_backend); give each model the caches that it made itself"
             )
-        if self._weight is not None and address_of(inputs[self._weight]) != identity.weight:
+        if source.weight is not None and address_of(inputs[source.weight]) != identity.weight:
             raise ForeignCacheError(
                 "this KV cache was made by another model (the weights of its first layer are not this model's); give each "
                 "model the caches that it made itself"

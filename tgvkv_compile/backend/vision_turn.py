@@ -1,16 +1,15 @@
 """What dynamo's compiled frame of a later turn with a new picture calls."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from tgvkv_compile.backend.callers import refuse_assisted_decoding
-from tgvkv_compile.backend.options import BackendOptions
 from tgvkv_compile.backend.programs import (
     CachedProgram,
     CompiledRewrite,
-    address_of,
+    Source,
     check_gradients,
     check_padding,
     put_handles,
@@ -18,8 +17,7 @@ from tgvkv_compile.backend.programs import (
 from tgvkv_compile.fx.environment import size_reader
 from tgvkv_compile.fx.meta import fake_tensor
 from tgvkv_compile.ops.state import Choice, Reselected, split_off
-from tgvkv_compile.passes.rewrite import Rewrite
-from tgvkv_compile.runtime.compact import CacheIdentity, CompactCache, select_candidates
+from tgvkv_compile.runtime.compact import CompactCache, select_candidates
 
 
 class _Turn(NamedTuple):
@@ -78,11 +76,11 @@ class LatePrefillProgram:
     The graph changes nothing in place, so a turn that fails leaves the cache as it was.
     """
 
-    def __init__(self, rewrite: Callable[[], Rewrite], options: BackendOptions, backend: int, weight: int | None) -> None:
-        first = rewrite()
+    def __init__(self, source: Source) -> None:
+        first = source.rewrite()
         plan = first.plan
-        self._compiled = CompiledRewrite(rewrite, first, options)
-        self._options, self._backend, self._weight = options, backend, weight
+        self._compiled = CompiledRewrite(source, first)
+        self._source = source
         self._slots = [(site.key.output, site.value.output) for site in plan.sites]
         past = plan.sites[0].key.past
         assert past is not None
@@ -93,14 +91,13 @@ class LatePrefillProgram:
         """Inputs and outputs as dynamo's graph has them, handles in the places of keys and values."""
         check_gradients(inputs)
         refuse_assisted_decoding()
-        options = self._options
+        options = self._source.options
         length = self._past(inputs) + self._tokens(inputs)
         turn = _read(self._compiled.fitting(inputs)(*inputs), self._slots)
-        weight = address_of(inputs[self._weight]) if self._weight is not None else 0
         compact = CompactCache(
             select_candidates(turn.candidates, turn.choices, turn.decided, options.growth_reserve, options.eviction),
             config=options.eviction,
-            identity=CacheIdentity(self._backend, weight, len(self._slots)),
+            identity=self._source.identity(inputs, len(self._slots)),
             history=turn.decided.history,
             logical_length=length,
             reserve=options.growth_reserve,
