@@ -160,6 +160,8 @@ def rewrite_graph(
     """
     rewrite = _begin(gm, inputs, compressed, config)
     rewrite.leave(sizes)
+    if dumper is not None:
+        dumper.graph(rewrite.gm, rewrite.plan.kind, "traced")
     run_steps(rewrite, STEPS.get(rewrite.plan.kind, ()), dumper=dumper, stop_after=stop_after)
     return rewrite
 

@@ -50,14 +50,12 @@ def run_steps(rewrite: Rewrite, steps: Sequence[Step], *, dumper: Dumper | None 
     Args:
         rewrite: The graph; its metadata lives in `rewrite.environment`.
         steps: What to run, in order.
-        dumper: Writes the graph before the first step and after each.
+        dumper: Writes the graph after each step.
         stop_after: Name of the last pass to run; the graph is then for looking at, not for running.
 
     Raises:
         InternalError: A pass broke the graph.
     """
-    if dumper is not None:
-        dumper.graph(rewrite.gm, rewrite.plan.kind, "traced")
     for step in steps:
         with rewrite.environment.tracing():
             step.run(rewrite)

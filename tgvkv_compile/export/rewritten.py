@@ -70,7 +70,7 @@ def rewrite_prefill(
     rewrite.plan = dataclasses.replace(rewrite.plan, additions=find_additions(gm))
     mask = next(iter(gm.graph.find_nodes(op="placeholder", target=MASK)))
     rewrite.leave(FixedPrefill(budgets.capacities, budgets.max_new_tokens, blocks, question_rows, mask))
-    run_steps(rewrite, STEPS[rewrite.plan.kind], dumper=dumper)
+    _run(rewrite, dumper)
 
 
 def rewrite_decode(gm: GraphModule, inputs: Sequence[Tensor], budgets: BudgetPlan, dumper: Dumper) -> dict[str, Tensor]:
@@ -95,8 +95,13 @@ def rewrite_decode(gm: GraphModule, inputs: Sequence[Tensor], budgets: BudgetPla
     state = _empty_state(rewrite.plan, budgets)
     fake_mode = rewrite.environment.fake_mode
     rewrite.leave(FixedDecode({name: fake_mode.from_tensor(value) for name, value in state.items()}))
-    run_steps(rewrite, STEPS[rewrite.plan.kind], dumper=dumper)
+    _run(rewrite, dumper)
     return state
+
+
+def _run(rewrite: Rewrite, dumper: Dumper) -> None:
+    dumper.graph(rewrite.gm, rewrite.plan.kind, "traced")
+    run_steps(rewrite, STEPS[rewrite.plan.kind], dumper=dumper)
 
 
 def _begin(gm: GraphModule, inputs: Sequence[Tensor], compressed: frozenset[str], budgets: BudgetPlan) -> Rewrite:
