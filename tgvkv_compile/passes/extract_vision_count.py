@@ -1,12 +1,9 @@
 """Extract: the few nodes that tell, before a prefill runs, how many vision tokens each sample has."""
 
-from torch.fx import Node
-
 from tgvkv_compile.fx.dead_code import remove_dead
 from tgvkv_compile.fx.insert import insert_call
-from tgvkv_compile.ops.graph_masks import valid_columns, vision_positions
 from tgvkv_compile.ops.packing import count_vision
-from tgvkv_compile.ops.roles import token_roles
+from tgvkv_compile.passes.insert_scoring import insert_roles
 from tgvkv_compile.passes.rewrite import Rewrite
 
 
@@ -28,13 +25,8 @@ def extract_vision_count(rewrite: Rewrite) -> None:
     """
     gm, plan = rewrite.gm, rewrite.plan
     assert plan.modality is not None
-    first, masks = plan.sites[0], tuple(plan.modality.masks)
     with gm.graph.inserting_before(gm.graph.output_node()):
-        vision = insert_call(gm, vision_positions, masks, name="tgvkv_vision")
-        valid: Node | None = None
-        if first.mask is not None:
-            valid = insert_call(gm, valid_columns, first.mask, masks[0], name="tgvkv_valid")
-        roles = insert_call(gm, token_roles, vision, valid, name="tgvkv_roles")
+        roles, _ = insert_roles(rewrite, plan.modality.masks[0])
         count = insert_call(gm, count_vision, roles, name="tgvkv_count", **rewrite.config.constants())
     gm.graph.output_node().args = ((count,),)
     remove_dead(gm)

@@ -38,16 +38,30 @@ def insert_scoring(rewrite: Rewrite) -> None:
     """
     gm, plan = rewrite.gm, rewrite.plan
     first = plan.sites[0]
-    assert plan.modality is not None
-    valid: Node | None = None
     attention = first.node.args[0]  # `normalise_attention` made the site an item of it
     assert isinstance(attention, Node)
     with gm.graph.inserting_before(attention):
-        vision = insert_call(gm, vision_positions, tuple(plan.modality.masks), name="tgvkv_vision")
-        if first.mask is not None:
-            valid = insert_call(gm, valid_columns, first.mask, first.query, name="tgvkv_valid")
-        roles = insert_call(gm, token_roles, vision, valid, name="tgvkv_roles")
+        roles, valid = insert_roles(rewrite, first.query)
     rewrite.leave(Scores(roles, valid, *rank_layers(rewrite, (roles,) * plan.num_layers)))
+
+
+def insert_roles(rewrite: Rewrite, like: Node) -> tuple[Node, Node | None]:
+    """Adds the roles of a prompt's tokens, at the place where the graph inserts now.
+
+    Args:
+        rewrite: The graph of a prefill.
+        like: A node whose value has the batch in its first dimension.
+
+    Returns:
+        `(roles, valid)`: `Roles`, and b8[B, N], None where nothing is masked.
+    """
+    gm, plan = rewrite.gm, rewrite.plan
+    assert plan.modality is not None
+    mask, valid = plan.sites[0].mask, None
+    vision = insert_call(gm, vision_positions, tuple(plan.modality.masks), name="tgvkv_vision")
+    if mask is not None:
+        valid = insert_call(gm, valid_columns, mask, like, name="tgvkv_valid")
+    return insert_call(gm, token_roles, vision, valid, name="tgvkv_roles"), valid
 
 
 def rank_layers(rewrite: Rewrite, roles: tuple[Node, ...]) -> tuple[tuple[Node, ...], tuple[Node, ...], tuple[Node, ...]]:
