@@ -108,7 +108,8 @@ class Process:
     def graphs(self, options: str = MAIN) -> dict[str, int]:
         """What dynamo handed over; what is compressed of it was lowered, and once."""
         graphs = dict(self._backends[options].graphs)
-        assert self.lowered[options] == graphs.get("prefill", 0) + graphs.get("decode", 0)
+        compressed = graphs.get("prefill", 0) + graphs.get("decode", 0)
+        assert self.lowered[options] == compressed, f"{self.lowered[options]} lowerings of {graphs}"
         return graphs
 
     def _question(self, prompts: Any, steps: int) -> tuple[dict[str, Tensor], ReferenceTrace]:

@@ -11,6 +11,7 @@ from tests.fuzz.families import Tiny
 from tests.support.models import Shape
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.ops import decode_step
+from tgvkv_compile.ops.kernels.cpu import decode as cpu_decode
 
 EVERYTHING = Request(
     prompts=((3, 5), (2, 0, 4), (9,)),
@@ -48,6 +49,7 @@ def test_a_wrong_eviction_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         return choose(-attention, *rest, **options)
 
     monkeypatch.setattr(decode_step, "choose_eviction", largest)
+    monkeypatch.setattr(cpu_decode, "kernel_for", lambda *_: None)  # which chooses by itself
     with pytest.raises(Finding, match=r"request 0, .*action 0 \(Decode\(steps=2\)\), step \d: .*sample \d"):
         run_case(CASE, Tally())
 
