@@ -1,4 +1,4 @@
-"""Benchmarks: this backend against what a user would run instead, and against the floor. `bench/README.md`."""
+"""Benchmarks: this backend against what a user would run instead, and against the lower bound. `bench/README.md`."""
 
 import os
 

@@ -18,7 +18,7 @@ from bench.presets import Preset
 Compiler = Literal["inductor", "eager"]
 
 ORDER = ("hf-eager", "inductor-full", "inductor-static", "tgvkv", "tgvkv-capped", "floor", "floor-static")
-"""All there are. `tgvkv-capped` holds little in a prefill; `floor-static` is the floor that CUDA graphs can replay."""
+"""All there are. `tgvkv-capped` holds little in a prefill; `floor-static` is the lower bound that CUDA graphs can replay."""
 CAP = 2.0
 """`prefill_cap` of `tgvkv-capped`."""
 
@@ -29,7 +29,7 @@ class Contender:
 
     Attributes:
         name: One of `ORDER`.
-        prefill: The model, for a prompt; None for a floor, which has none.
+        prefill: The model, for a prompt; None for a lower bound, which has none.
         decode: The model, for a token.
         new_cache: Given the prompt and how many tokens may follow, the cache to call the model with.
         compiled: Whether a first call compiles.
@@ -45,7 +45,7 @@ class Contender:
 
 
 def kept_tokens(budget: float, length: int) -> int:
-    """Entries that a layer keeps of a prompt, on average: what the floor's cache holds."""
+    """Entries that a layer keeps of a prompt, on average: what the lower bound's cache holds."""
     return max(1, round(budget * length))
 
 
@@ -63,7 +63,7 @@ def make_contenders(
         names: Which, in the order to run them.
         model: Of the preset.
         preset: What is measured.
-        budget: Fraction of KV that `tgvkv` and the floors keep.
+        budget: Fraction of KV that `tgvkv` and the lower bounds keep.
         compiler: What graphs are lowered to. `"eager"` shows in seconds whether everything runs; its times say nothing.
 
     Raises:
@@ -86,8 +86,8 @@ def make_contenders(
         "tgvkv-capped": lambda: _tgvkv(
             model, "tgvkv-capped", tgvkv_compile.tgvkv_backend(budget=budget, lowering=compiler, prefill_cap=CAP, **graphs)
         ),
-        "floor": lambda: _floor(model, preset, budget, stock),
-        "floor-static": lambda: _floor_static(model, preset, budget, {**stock, **graphs}),
+        "floor": lambda: _lower_bound(model, preset, budget, stock),
+        "floor-static": lambda: _lower_bound_static(model, preset, budget, {**stock, **graphs}),
     }
     return [makers[name]() for name in names]
 
@@ -124,7 +124,7 @@ def _tgvkv(model: Any, name: str, backend: Any) -> Contender:
     return Contender(name, call, call, _dynamic)
 
 
-def _floor(model: Any, preset: Preset, budget: float, options: dict[str, Any]) -> Contender:
+def _lower_bound(model: Any, preset: Preset, budget: float, options: dict[str, Any]) -> Contender:
     def cache(prompt: Prompt, steps: int) -> Any:
         made = transformers.DynamicCache(config=model.config)
         for layer in range(preset.layers):
@@ -134,7 +134,7 @@ def _floor(model: Any, preset: Preset, budget: float, options: dict[str, Any]) -
     return Contender("floor", None, torch.compile(_own_forward(model, "floor"), **options), cache)
 
 
-def _floor_static(model: Any, preset: Preset, budget: float, options: dict[str, Any]) -> Contender:
+def _lower_bound_static(model: Any, preset: Preset, budget: float, options: dict[str, Any]) -> Contender:
     caches: dict[tuple[int, int], Any] = {}
 
     def cache(prompt: Prompt, steps: int) -> Any:

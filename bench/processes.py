@@ -1,4 +1,4 @@
-"""Contenders that each run in a process of their own: started alike, in turns, with caches in folders of their own."""
+"""Contenders that each run in a process of their own: started alike, interleaved, with caches in folders of their own."""
 
 import dataclasses
 import json

@@ -16,7 +16,7 @@ class Request:
 
     Attributes:
         cache: As the last call left it.
-        prefill_s: Seconds of its prefill; None for a floor, which has none.
+        prefill_s: Seconds of its prefill; None for a lower bound, which has none.
     """
 
     def __init__(self, contender: Contender, preset: Preset, prompt: Prompt, room: int) -> None:

@@ -1,4 +1,4 @@
-"""Compile, prefill, decode and memory of one preset: this backend against stock transformers and the floor.
+"""Compile, prefill, decode and memory of one preset: this backend against stock transformers and the lower bound.
 
 One process, the same weights; contenders take turns in each round. Medians, their spread and ratios.
 
@@ -20,7 +20,7 @@ from bench.ratios import ratios
 def main() -> None:
     """Runs the benchmark, prints its table, and writes JSON where asked to."""
     options = parser(__doc__)
-    options.add_argument("--budget", type=fraction, default=0.05, help="fraction of KV that tgvkv and the floor keep")
+    options.add_argument("--budget", type=fraction, default=0.05, help="fraction of KV that tgvkv and the lower bound keep")
     options.add_argument("--contenders", type=listed(str), help="some of the rows, by comma")
     add_compiler(options)
     options.add_argument("--json", type=Path, help="file to write")

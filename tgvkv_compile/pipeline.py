@@ -35,7 +35,7 @@ from tgvkv_compile.passes.normalise_attention import normalise_attention
 from tgvkv_compile.passes.plan_graph import plan_graph
 from tgvkv_compile.passes.read_merges import read_merges
 from tgvkv_compile.passes.rewrite import ArenaSizes, Rewrite
-from tgvkv_compile.plan import AttentionSite, GraphKind, KVAppend, Miss, ModalityMask, Plan, TensorParallel
+from tgvkv_compile.plan import AttentionSite, GraphKind, GraphPlan, KVAppend, Miss, ModalityMask, TensorParallel
 from tgvkv_compile.runner import Step, in_order, run_steps
 
 STEPS: Mapping[GraphKind, tuple[Step, ...]] = {
@@ -110,7 +110,7 @@ def find_all(gm: GraphModule) -> Findings:
     )
 
 
-def plan_of(gm: GraphModule, compressed: frozenset[str]) -> Plan:
+def plan_of(gm: GraphModule, compressed: frozenset[str]) -> GraphPlan:
     """Finds and plans; changes nothing.
 
     Args:
@@ -120,7 +120,7 @@ def plan_of(gm: GraphModule, compressed: frozenset[str]) -> Plan:
     return plan_found(find_all(gm), compressed)
 
 
-def plan_found(found: Findings, compressed: frozenset[str]) -> Plan:
+def plan_found(found: Findings, compressed: frozenset[str]) -> GraphPlan:
     """Plans from what was found; see `plan_of`."""
     return plan_graph(
         found.appends,

@@ -36,11 +36,11 @@ class Recorder:
         score, step = insert_scoring.rank_tokens, insert_decode.decode_step
 
         def scored(
-            q: Tensor, k: Tensor, roles: Any, mask: Any, is_causal: bool, scale: float, *rest: Any, **options: Any
+            q: Tensor, k: Tensor, token_types: Any, mask: Any, is_causal: bool, scale: float, *rest: Any, **options: Any
         ) -> Any:
             if not isinstance(q, FakeTensor):
                 self.prompt.append((q.clone(), k.clone(), scale))
-            return score(q, k, roles, mask, is_causal, scale, *rest, **options)
+            return score(q, k, token_types, mask, is_causal, scale, *rest, **options)
 
         def stepped(q: Tensor, k: Tensor, *rest: Any, layer: int, **options: Any) -> Any:
             if not isinstance(q, FakeTensor):

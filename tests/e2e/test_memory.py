@@ -73,9 +73,9 @@ def test_the_cache_holds_the_budget(llava_576: Any, budget: float, most: float, 
     assert held <= 1.05 * budget * full + report.reserve_bytes + SMALL
     assert held <= most * full, "the reserve itself is out of proportion"
     # Keys, values and slot positions are what the report says; all else is small: a byte per token tells vision from text.
-    roles = 1.01 * inputs["input_ids"].numel()  # rows may be aligned
-    assert report.physical_bytes <= watch.bytes(at_least=SMALL) <= report.physical_bytes + roles
-    assert held - report.physical_bytes <= SMALL + roles
+    history = 1.01 * inputs["input_ids"].numel()  # rows may be aligned
+    assert report.physical_bytes <= watch.bytes(at_least=SMALL) <= report.physical_bytes + history
+    assert held - report.physical_bytes <= SMALL + history
     del report, cache
     assert watch.bytes() == 0
 

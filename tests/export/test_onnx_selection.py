@@ -1,4 +1,4 @@
-"""The maths of fixed shapes on ONNX Runtime: same tokens as the sorting functions, and no operator that TensorRT lacks."""
+"""The maths of static shapes on ONNX Runtime: same tokens as the sorting functions, and no operator that TensorRT lacks."""
 
 from pathlib import Path
 from typing import Any
@@ -11,25 +11,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tgvkv_compile.ops.fixed_shapes import pack_columns, retain_by_threshold
 from tgvkv_compile.ops.policy.tgv import text_first
-from tgvkv_compile.ops.retention import retain
-from tgvkv_compile.ops.roles import Roles
+from tgvkv_compile.ops.selection import select_tokens
+from tgvkv_compile.ops.static_shapes import pack_columns, select_by_threshold
+from tgvkv_compile.ops.token_types import TokenTypes
 
 CAPACITY = 48
 
 
-def _roles(vision: Tensor) -> Roles:
+def _token_types(vision: Tensor) -> TokenTypes:
     """Of samples without padding."""
     everything = torch.ones_like(vision)
     positions = torch.arange(vision.shape[1]).expand(vision.shape)
     lengths = everything.to(torch.float32).sum(1).to(torch.int64)
-    return Roles(everything, vision, ~vision, positions, lengths)
+    return TokenTypes(everything, vision, ~vision, positions, lengths)
 
 
 class _Selection(torch.nn.Module):
     def forward(self, score: Tensor, vision: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        keep = retain_by_threshold(score, text_first(_roles(vision)), _roles(vision), kept, sink_tokens=4)
+        keep = select_by_threshold(score, text_first(_token_types(vision)), _token_types(vision), kept, sink_tokens=4)
         return keep, *pack_columns(keep, CAPACITY)
 
 
@@ -53,7 +53,7 @@ def _check(session: Any, score: Tensor, vision: Tensor, kept: Tensor) -> None:
     feeds = [score.numpy(), vision.numpy(), kept.numpy()]
     names = [entry.name for entry in session.get_inputs()]
     keep, columns, filled = map(torch.from_numpy, session.run(None, dict(zip(names, feeds, strict=True))))
-    assert torch.equal(keep, retain(score, text_first(_roles(vision)), _roles(vision), kept, sink_tokens=4))
+    assert torch.equal(keep, select_tokens(score, text_first(_token_types(vision)), _token_types(vision), kept, sink_tokens=4))
     for sample in range(len(score)):
         assert columns[sample][filled[sample]].tolist() == keep[sample].nonzero()[:, 0].tolist()
 

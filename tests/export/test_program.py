@@ -18,8 +18,8 @@ from tgvkv_compile.errors import ConfigError, UnsupportedGraphError
 from tgvkv_compile.export import BudgetPlan, Programs, export_onnx, export_program
 from tgvkv_compile.export.lengths import question_lengths
 from tgvkv_compile.export.rewritten import STEPS
-from tgvkv_compile.ops.fixed_prefill import block_count
 from tgvkv_compile.ops.merging import add_features, merge_features
+from tgvkv_compile.ops.static_prefill import block_count
 
 SHAPE = Shape(layers=2)
 SAMPLE = make_inputs([(5, 9)])

@@ -17,8 +17,8 @@ from tgvkv_compile import tgvkv_backend
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.ops import decode_step as op
 from tgvkv_compile.ops.attention import kernel_with_lse, scaled_dot_product_attention_with_lse
-from tgvkv_compile.ops.roles import Roles
 from tgvkv_compile.ops.state import CompactState
+from tgvkv_compile.ops.token_types import TokenTypes
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -97,7 +97,7 @@ def test_attention_tells_its_log_sum_exp(mask: str, dtype: torch.dtype) -> None:
     if bias is not None:
         logits = logits.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else logits + bias.double()
     tolerance = 1e-4 if dtype == torch.float32 else 3e-2
-    real = layer.roles.valid[:, None, :].cuda()  # a row of padding sees nothing
+    real = layer.token_types.valid[:, None, :].cuda()  # a row of padding sees nothing
     for got, wanted in ((output, logits.softmax(-1) @ wide[2]), (lse[..., None], logits.logsumexp(-1, keepdim=True))):
         difference = (got.double() - wanted).abs().amax(-1)
         assert bool((difference <= tolerance * (1 + wanted.abs().amax(-1)))[real.expand_as(difference)].all())
@@ -110,8 +110,8 @@ def test_prefill_scores_are_those_of_the_cpu(mask: str, dtype: torch.dtype) -> N
     q, k = layer.q.cuda(), layer.k.cuda()
     bias = None if layer.attn_mask is None else layer.attn_mask.cuda()
     _, lse = scaled_dot_product_attention_with_lse(q, k, k, bias, layer.is_causal, layer.scale)
-    roles = Roles(*(part.cuda() for part in layer.roles))
-    moved = Layer(q, k, roles, bias, layer.is_causal, layer.scale)
+    token_types = TokenTypes(*(part.cuda() for part in layer.token_types))
+    moved = Layer(q, k, token_types, bias, layer.is_causal, layer.scale)
     for got, wanted in zip(moved.scores(lse), layer.scores(), strict=True):
         torch.testing.assert_close(got.cpu(), wanted, atol=1e-3, rtol=2e-2)
 

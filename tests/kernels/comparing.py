@@ -13,8 +13,8 @@ from tests.ops.prompts import Layer
 from tgvkv_compile.ops import decode_step as op
 from tgvkv_compile.ops.attention_rows import AttentionRows
 from tgvkv_compile.ops.policy.rank import rank_by_walk, scores_from_attention
-from tgvkv_compile.ops.roles import Roles
 from tgvkv_compile.ops.state import CompactState
+from tgvkv_compile.ops.token_types import TokenTypes
 from tgvkv_compile.ops.weighing import Weighed, plain_weigh
 
 Step = Callable[..., Tensor]
@@ -82,17 +82,17 @@ def exact_scores(layer: Layer) -> tuple[Tensor, Tensor, Tensor, float]:
     largest = float(logits.abs().max())
     logits = logits.masked_fill(~visible, float("-inf"))
     attention = logits.softmax(-1).nan_to_num().mean(1)
-    mass, score = scores_from_attention(attention, visible.any(1), layer.roles)
+    mass, score = scores_from_attention(attention, visible.any(1), layer.token_types)
     return logits.logsumexp(-1), mass, score, largest
 
 
-def scores(weigh: Any, rows: AttentionRows, roles: Roles) -> tuple[Tensor, Tensor]:
+def scores(weigh: Any, rows: AttentionRows, token_types: TokenTypes) -> tuple[Tensor, Tensor]:
     """Mass and scores by one implementation of the op."""
 
     def walk(asked: Any) -> list[Weighed]:
         return [Weighed(*weigh(weights.unsqueeze(1), wanted, rows)) for weights, wanted in asked]
 
-    ranks = rank_by_walk(rows.k, roles, rows.q.shape[2], walk)
+    ranks = rank_by_walk(rows.k, token_types, rows.q.shape[2], walk)
     return ranks.mass, ranks.score
 
 
@@ -104,10 +104,10 @@ def check_scores(weigh: Any, layer: Layer) -> None:
     """Mass and scores of TGV-KV by `weigh`, which takes weights, wanted columns and [`AttentionRows`][]."""
     lse, mass, score, largest = exact_scores(layer)
     rows = layer.rows(lse.float())
-    plain, fused = (scores(one, rows, layer.roles) for one in (unfused_weigh, weigh))
+    plain, fused = (scores(one, rows, layer.token_types) for one in (unfused_weigh, weigh))
     check_bounded(fused[0], plain[0], mass, largest_logit=largest)
     check_bounded(fused[1], plain[1], score, largest_logit=largest)
-    assert bool((fused[1][~layer.roles.valid] == 0).all())
+    assert bool((fused[1][~layer.token_types.valid] == 0).all())
 
 
 @contextlib.contextmanager

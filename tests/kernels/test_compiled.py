@@ -49,7 +49,7 @@ def test_prefill(mask: str, dim: int, dtype: torch.dtype, capability: int, monke
     monkeypatch.setattr(prefill, "processors", lambda _: PROCESSORS[capability])
     layer = make_layer(heads=4, kv_heads=2, length=600, dim=dim, dtype=dtype, mask=mask)
     with compiling_only(capability, monkeypatch) as compiled:
-        prefill.fused_weigh(layer.weights(), layer.roles.vision, layer.rows(torch.rand(1, 4, 600)))
+        prefill.fused_weigh(layer.weights(), layer.token_types.vision, layer.rows(torch.rand(1, 4, 600)))
     assert len(compiled) == 2
     for usage in compiled:
         assert usage.spilled <= MOST_SPILLED, f"{usage} spills"

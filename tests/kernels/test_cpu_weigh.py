@@ -65,7 +65,7 @@ def test_random_layers(layer: Layer, count: int) -> None:
 def test_any_weights_and_columns(layer: Layer, data: st.DataObject) -> None:
     lse = exact_scores(layer)[0].float()
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
-    valid = layer.roles.valid
+    valid = layer.token_types.valid
     weights = torch.rand(valid.shape, generator=generator) * (torch.rand(valid.shape, generator=generator) < 0.3) * valid
     wanted = data.draw(st.sampled_from([None, valid & (torch.rand(valid.shape, generator=generator) < 0.2)]))
     rows = layer.rows(lse)
@@ -95,7 +95,7 @@ def test_it_is_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_weigh, "weigh_by", lambda *args: called.append(1) or by(*args))
     layer = make_layer(batch=2, heads=4, kv_heads=2, length=30, dim=8, mask="bool")
     lse = exact_scores(layer)[0].float()
-    library.opcheck(torch.ops.tgvkv.weigh.default, (layer.weights()[:, :1], layer.roles.vision, *layer.rows(lse)))
+    library.opcheck(torch.ops.tgvkv.weigh.default, (layer.weights()[:, :1], layer.token_types.vision, *layer.rows(lse)))
     assert called
 
 
@@ -104,6 +104,6 @@ def test_other_masks_go_the_plain_way(mask: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(cpu_weigh, "weigh_by", lambda *_: pytest.fail("called"))
     layer = make_layer(batch=2, heads=4, kv_heads=2, length=30, mask=mask)
     rows = layer.rows(exact_scores(layer)[0].float())
-    found = weighing.weigh(layer.weights(), layer.roles.vision, rows)
-    plain = unfused_weigh(layer.weights(), layer.roles.vision, rows)
+    found = weighing.weigh(layer.weights(), layer.token_types.vision, rows)
+    plain = unfused_weigh(layer.weights(), layer.token_types.vision, rows)
     assert torch.equal(found.sums, plain[0]) and torch.equal(found.seen, plain[1])

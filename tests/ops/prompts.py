@@ -17,8 +17,8 @@ from tgvkv_compile.ops.budgeting import allocate
 from tgvkv_compile.ops.policy.rank import rank_tokens, scores_from_attention
 from tgvkv_compile.ops.policy.tgv import text_first
 from tgvkv_compile.ops.probabilities import attention_probabilities
-from tgvkv_compile.ops.retention import retain
-from tgvkv_compile.ops.roles import Roles, token_roles, vision_count
+from tgvkv_compile.ops.selection import select_tokens
+from tgvkv_compile.ops.token_types import TokenTypes, classify_tokens, vision_count
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -75,7 +75,7 @@ class Layer:
 
     q: Tensor
     k: Tensor
-    roles: Roles
+    token_types: TokenTypes
     attn_mask: Tensor | None
     is_causal: bool
     scale: float
@@ -83,7 +83,7 @@ class Layer:
     def visible(self) -> Tensor:
         """`[B, 1 | H, N, N]` bool, materialised the obvious way."""
         length = self.q.shape[2]
-        seen = self.roles.valid[:, None, None, :].expand(-1, 1, length, -1)
+        seen = self.token_types.valid[:, None, None, :].expand(-1, 1, length, -1)
         if self.is_causal:
             seen = seen & causal(length)
         if self.attn_mask is not None:
@@ -94,20 +94,20 @@ class Layer:
     def materialised_scores(self) -> tuple[Tensor, Tensor]:
         visible = self.visible()
         attention = attention_probabilities(self.q, self.k, visible, self.scale).mean(1)
-        return scores_from_attention(attention, visible.any(1), self.roles)
+        return scores_from_attention(attention, visible.any(1), self.token_types)
 
     def rows(self, lse: Tensor | None = None) -> AttentionRows:
         """Of the op, behind `weights` and `wanted`."""
-        return AttentionRows(self.q, self.k, self.roles.valid, self.attn_mask, self.is_causal, self.scale, lse)
+        return AttentionRows(self.q, self.k, self.token_types.valid, self.attn_mask, self.is_causal, self.scale, lse)
 
     def scores(self, lse: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return prefill_scores(self.q, self.k, self.roles, self.attn_mask, self.is_causal, self.scale, lse)
+        return prefill_scores(self.q, self.k, self.token_types, self.attn_mask, self.is_causal, self.scale, lse)
 
     def weights(self, count: int = 2) -> Tensor:
         """`[B, count, N]` weights of rows, 0 at padding and where a sample has no question."""
         generator = torch.Generator().manual_seed(7)
         weights = torch.rand(self.q.shape[0], count, self.q.shape[2], generator=generator)
-        return weights * self.roles.question.unsqueeze(1)
+        return weights * self.token_types.question.unsqueeze(1)
 
 
 def make_layer(
@@ -138,7 +138,7 @@ def make_layer(
         valid[sample, :count] = False
     if vision is None:
         vision = vision_at(length, (length // 4, length // 3)).expand(batch, -1)
-    roles = token_roles(vision, valid)
+    token_types = classify_tokens(vision, valid)
     seen = valid[:, None, None, :] & causal(length)
     attn_mask = None
     if mask in ("bool", "both"):
@@ -150,18 +150,18 @@ def make_layer(
     elif mask == "prefix":
         prefix = torch.arange(length) < length * 3 // 4
         attn_mask = valid[:, None, None, :] & (causal(length) | (prefix & prefix[:, None]))
-    return Layer(q.to(dtype), k.to(dtype), roles, attn_mask, mask in ("none", "both"), dim**-0.5)
+    return Layer(q.to(dtype), k.to(dtype), token_types, attn_mask, mask in ("none", "both"), dim**-0.5)
 
 
-def keep_per_layer(attention: Tensor, roles: Roles, config: EvictionConfig) -> list[list[list[int]]]:
+def keep_per_layer(attention: Tensor, token_types: TokenTypes, config: EvictionConfig) -> list[list[list[int]]]:
     """Kept indices per sample and layer, from `attention [L, B, N, N]`: prefill on a batch, without the oracle."""
     length = attention.shape[2]
-    visible = causal(length) & roles.valid[:, None, :]
-    scored = [scores_from_attention(layer, visible, roles) for layer in attention]
+    visible = causal(length) & token_types.valid[:, None, :]
+    scored = [scores_from_attention(layer, visible, token_types) for layer in attention]
     masses = torch.stack([mass for mass, _ in scored], dim=1)
-    kept = allocate(masses, roles.lengths, vision_count(roles, config=config), config=config).kept
+    kept = allocate(masses, token_types.lengths, vision_count(token_types, config=config), config=config).kept
     keeps = [
-        retain(score, text_first(roles), roles, kept[:, layer], sink_tokens=config.sink_tokens)
+        select_tokens(score, text_first(token_types), token_types, kept[:, layer], sink_tokens=config.sink_tokens)
         for layer, (_, score) in enumerate(scored)
     ]
     return [[indices(keep[sample]) for keep in keeps] for sample in range(attention.shape[1])]

@@ -8,8 +8,8 @@ import torch
 from tests.ops.prompts import case_name, case_vision, keep_per_layer, recorded
 from tests.support.oracle import Oracle
 from tgvkv_compile.config import EvictionConfig
-from tgvkv_compile.ops.decoding import choose_eviction, next_protected
-from tgvkv_compile.ops.roles import token_roles
+from tgvkv_compile.ops.decode_eviction import choose_eviction, next_protected
+from tgvkv_compile.ops.token_types import classify_tokens
 
 CASES, ARRAYS = recorded()
 
@@ -35,8 +35,8 @@ def test_oracle_keeps_what_was_recorded(case: dict[str, Any]) -> None:
 @pytest.mark.parametrize("case", CASES, ids=case_name)
 def test_prefill_functions_keep_what_was_recorded_in_a_batch(case: dict[str, Any]) -> None:
     attention = ARRAYS[f"attn{case['seed']}"].mean(1)
-    roles = token_roles(case_vision(case).expand(3, -1), None)
-    kept = keep_per_layer(attention.unsqueeze(1).expand(-1, 3, -1, -1), roles, EvictionConfig(budget=case["budget"]))
+    token_types = classify_tokens(case_vision(case).expand(3, -1), None)
+    kept = keep_per_layer(attention.unsqueeze(1).expand(-1, 3, -1, -1), token_types, EvictionConfig(budget=case["budget"]))
     assert kept == [case["kept"]] * 3
 
 

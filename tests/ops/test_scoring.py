@@ -13,8 +13,8 @@ from tgvkv_compile.ops import weighing
 from tgvkv_compile.ops.policy.rank import scores_from_attention
 from tgvkv_compile.ops.policy.tgv import text_first
 from tgvkv_compile.ops.probabilities import attention_probabilities
-from tgvkv_compile.ops.retention import retain
-from tgvkv_compile.ops.roles import token_roles
+from tgvkv_compile.ops.selection import select_tokens
+from tgvkv_compile.ops.token_types import classify_tokens
 from tgvkv_compile.ops.weighing import weigh
 
 MASKS = ["none", "bool", "additive", "per-head", "prefix", "both"]
@@ -44,7 +44,7 @@ def scores_by_loops(attention: Tensor, vision: Tensor) -> tuple[float, list[floa
 @settings(max_examples=40)
 def test_scores_are_the_printed_formulas(vision: Tensor, seed: int) -> None:
     attention = random_attention(1, len(vision), seed=seed)
-    mass, score = scores_from_attention(attention, causal(len(vision))[None], token_roles(vision[None], None))
+    mass, score = scores_from_attention(attention, causal(len(vision))[None], classify_tokens(vision[None], None))
     expected_mass, expected_score = scores_by_loops(attention[0], vision)
     assert mass.dtype == score.dtype == torch.float32
     torch.testing.assert_close(mass, torch.tensor([expected_mass], dtype=torch.float32), rtol=1e-5, atol=1e-6)
@@ -54,15 +54,15 @@ def test_scores_are_the_printed_formulas(vision: Tensor, seed: int) -> None:
 @pytest.mark.parametrize(("left", "right"), [(0, 3), (3, 0), (2, 2)])
 def test_rows_and_columns_of_padding_do_not_count(left: int, right: int) -> None:
     vision, attention = vision_at(12, (3, 4)), random_attention(1, 12, seed=0)
-    mass, score = scores_from_attention(attention, causal(12)[None], token_roles(vision[None], None))
+    mass, score = scores_from_attention(attention, causal(12)[None], classify_tokens(vision[None], None))
     inner, length = slice(left, left + 12), left + 12 + right
     padded = torch.rand(1, length, length)
     padded[:, inner] = 0.0
     padded[:, inner, inner] = attention
     padded_vision = torch.zeros(1, length, dtype=torch.bool)
     padded_vision[:, inner] = vision
-    roles = token_roles(padded_vision, vision_at(length, (left, 12))[None])
-    padded_mass, padded_score = scores_from_attention(padded, causal(length)[None], roles)
+    token_types = classify_tokens(padded_vision, vision_at(length, (left, 12))[None])
+    padded_mass, padded_score = scores_from_attention(padded, causal(length)[None], token_types)
     torch.testing.assert_close(padded_mass, mass)
     torch.testing.assert_close(padded_score[:, inner], score)
     assert int((padded_score != 0).sum()) <= 12
@@ -71,8 +71,8 @@ def test_rows_and_columns_of_padding_do_not_count(left: int, right: int) -> None
 def test_bidirectional_prefix_counts_those_that_see() -> None:
     """In a fully visible 2-token question each token is seen by both."""
     attention = torch.tensor([[[0.2, 0.3, 0.5], [0.1, 0.2, 0.7], [0.4, 0.5, 0.1]]])
-    roles = token_roles(torch.tensor([[True, False, False]]), None)
-    mass, score = scores_from_attention(attention, torch.ones(1, 3, 3, dtype=torch.bool), roles)
+    token_types = classify_tokens(torch.tensor([[True, False, False]]), None)
+    mass, score = scores_from_attention(attention, torch.ones(1, 3, 3, dtype=torch.bool), token_types)
     u = [(0.2 + 0.5) / 2, (0.7 + 0.1) / 2]
     torch.testing.assert_close(mass, torch.tensor([0.5]))
     torch.testing.assert_close(score, torch.tensor([[u[0] * 0.1 + u[1] * 0.4, 1.0, 1.3]]))
@@ -124,7 +124,7 @@ def _check_op(layer: Layer) -> None:
     assert bool(score.isfinite().all())
     torch.testing.assert_close(mass, expected_mass, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(score, expected_score, rtol=1e-5, atol=1e-6)
-    assert bool((score[~layer.roles.valid] == 0).all())
+    assert bool((score[~layer.token_types.valid] == 0).all())
 
 
 @given(layer=layers())
@@ -147,12 +147,17 @@ def test_weighing_is_the_weighted_sum_of_materialised_rows(layer: Layer, known: 
     k = layer.k.repeat_interleave(layer.q.shape[1] // layer.k.shape[1], dim=1)
     logits = (layer.q.float() @ k.float().transpose(2, 3) * layer.scale).masked_fill(~visible, float("-inf"))
     attention = logits.softmax(-1).nan_to_num(nan=0.0).mean(1)
-    roles, weights = layer.roles, layer.weights()
-    columns = {"all": None, "vision": roles.vision, "text": roles.valid & ~roles.vision, "none": torch.zeros_like(roles.valid)}
+    token_types, weights = layer.token_types, layer.weights()
+    columns = {
+        "all": None,
+        "vision": token_types.vision,
+        "text": token_types.valid & ~token_types.vision,
+        "none": torch.zeros_like(token_types.valid),
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weighing, "_BLOCK_BYTES", {"cpu": 1})
         found = weigh(weights, columns[wanted], layer.rows(logits.logsumexp(-1) if known else None))
-    chosen = roles.valid if columns[wanted] is None else columns[wanted]
+    chosen = token_types.valid if columns[wanted] is None else columns[wanted]
     for got, rows in ((found.sums, attention), (found.seen, visible.any(1).expand_as(attention).float())):
         expected = torch.einsum("bkr,brs->bks", weights, rows) * chosen.unsqueeze(1)
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
@@ -167,7 +172,7 @@ def test_question_longer_than_a_block() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(mask: str, dtype: torch.dtype) -> None:
     layer = make_layer(batch=2, heads=4, kv_heads=2, length=24, padding=(0, 3), mask=mask, dtype=dtype)
-    for wanted in (None, layer.roles.vision):
+    for wanted in (None, layer.token_types.vision):
         library.opcheck(torch.ops.tgvkv.weigh.default, (layer.weights(), wanted, *layer.rows()))
 
 
@@ -220,13 +225,13 @@ def test_selection_on_half_precision_inputs_is_that_of_exact_maths(dtype: torch.
     k = layer.k.double().repeat_interleave(2, dim=1)
     logits = layer.q.double() @ k.transpose(2, 3) * layer.scale
     exact = logits.masked_fill(~causal(300), float("-inf")).softmax(-1).mean(1)
-    _, exact_score = scores_from_attention(exact, causal(300)[None], layer.roles)
+    _, exact_score = scores_from_attention(exact, causal(300)[None], layer.token_types)
 
     def wrong(candidate: Tensor) -> int:
         """For how many counts `candidate` selects otherwise than the exact score."""
         keeps = [
             [
-                retain(s, text_first(layer.roles), layer.roles, torch.tensor([count]), sink_tokens=4)
+                select_tokens(s, text_first(layer.token_types), layer.token_types, torch.tensor([count]), sink_tokens=4)
                 for s in (candidate, exact_score)
             ]
             for count in range(5, 300)
@@ -250,5 +255,5 @@ def test_fake_result_has_the_shapes_of_the_real_one() -> None:
 def test_mass_is_the_number_of_question_tokens_at_most() -> None:
     layer = make_layer(length=40)
     mass, _ = layer.scores()
-    assert 0 < float(mass) < int(layer.roles.question.sum())
+    assert 0 < float(mass) < int(layer.token_types.question.sum())
     assert math.isfinite(float(mass))

@@ -46,7 +46,7 @@ def state(batch: int = 2) -> CompactState:
 @pytest.mark.parametrize("known", [True, False])
 def test_scores_of_one_rank_are_the_scores(group: str, known: bool) -> None:
     layer = prompt()
-    given = (layer.q, layer.k, layer.roles, layer.attn_mask, layer.is_causal, layer.scale)
+    given = (layer.q, layer.k, layer.token_types, layer.attn_mask, layer.is_causal, layer.scale)
     _, lse = scaled_dot_product_attention_with_lse(layer.q, layer.k, layer.k, layer.attn_mask, layer.is_causal, layer.scale)
     lse = lse if known else None
     for got, wanted in zip(prefill_scores(*given, lse, group=group), prefill_scores(*given, lse), strict=True):

@@ -11,23 +11,23 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from tests.ops.prompts import make_layer, prefill_scores, vision_at
 from tgvkv_compile.config import Budgeting, EvictionConfig
 from tgvkv_compile.ops.budgeting import allocate, segment_capacity
-from tgvkv_compile.ops.decoding import choose_eviction, next_protected
+from tgvkv_compile.ops.decode_eviction import choose_eviction, next_protected
 from tgvkv_compile.ops.policy.tgv import text_first
-from tgvkv_compile.ops.retention import retain
-from tgvkv_compile.ops.roles import token_roles, vision_count
+from tgvkv_compile.ops.selection import select_tokens
+from tgvkv_compile.ops.token_types import classify_tokens, vision_count
 
 
 def _prefill(config: EvictionConfig) -> Callable[..., tuple[Tensor, ...]]:
     def prefill(q: Tensor, k: Tensor, vision: Tensor, valid: Tensor) -> tuple[Tensor, ...]:
-        roles = token_roles(vision, valid)
-        scored = [prefill_scores(layer_q, k, roles, None, True, 0.5) for layer_q in (q, 2 * q)]
+        token_types = classify_tokens(vision, valid)
+        scored = [prefill_scores(layer_q, k, token_types, None, True, 0.5) for layer_q in (q, 2 * q)]
         mass = torch.stack([mass for mass, _ in scored], dim=1)
-        kept, rate = allocate(mass, roles.lengths, vision_count(roles, config=config), config=config)
+        kept, rate = allocate(mass, token_types.lengths, vision_count(token_types, config=config), config=config)
         keeps = [
-            retain(score, text_first(roles), roles, kept[:, layer], sink_tokens=config.sink_tokens)
+            select_tokens(score, text_first(token_types), token_types, kept[:, layer], sink_tokens=config.sink_tokens)
             for layer, (_, score) in enumerate(scored)
         ]
-        return (*keeps, rate, segment_capacity(kept, rate, roles.lengths, 32, config=config))
+        return (*keeps, rate, segment_capacity(kept, rate, token_types.lengths, 32, config=config))
 
     return prefill
 
@@ -36,7 +36,7 @@ def _arguments(batch: int, length: int) -> tuple[Tensor, ...]:
     padding = tuple(range(batch))
     vision = vision_at(length, (length // 4, length // 2)).expand(batch, -1).clone()
     layer = make_layer(batch=batch, length=length, padding=padding, vision=vision, seed=length)
-    return layer.q, layer.k, layer.roles.vision, layer.roles.valid
+    return layer.q, layer.k, layer.token_types.vision, layer.token_types.valid
 
 
 def _same(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:

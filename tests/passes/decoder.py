@@ -106,7 +106,7 @@ class Layer(nn.Module):
 
 
 class StaticLayer(Layer):
-    """Writes into a cache of fixed size."""
+    """Writes into a cache of static size."""
 
     def store(self, past: tuple[Tensor, Tensor], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         where = torch.arange(k.shape[2])

@@ -26,7 +26,7 @@ from tgvkv_compile.passes.find_attention import find_attention
 from tgvkv_compile.passes.find_embedding import find_embedding
 from tgvkv_compile.passes.find_modality import find_modality
 from tgvkv_compile.passes.plan_graph import plan_graph
-from tgvkv_compile.plan import Plan
+from tgvkv_compile.plan import GraphPlan
 
 
 class _Flat(Decoder):
@@ -45,7 +45,7 @@ def export(model: Decoder, *call: Any, strict: bool = False, decompose: bool = F
     return program.graph_module
 
 
-def planned(gm: GraphModule) -> tuple[Plan, int]:
+def planned(gm: GraphModule) -> tuple[GraphPlan, int]:
     appends, misses = find_appends(gm)
     sites, more = find_attention(gm, appends)
     pasts = frozenset(append.past.name for append in appends if append.past is not None)

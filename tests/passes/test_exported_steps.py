@@ -81,9 +81,18 @@ def test_one_step_after_the_other(traced: tuple[GraphModule, tuple[Any, ...]]) -
     assert (gathers["merge_features"], gathers["add_features"]) == (1, 2)
     assert not gathers["masked_scatter.default"] and not gathers["index_put.default"]
     scored = seen["insert_fixed_scoring"]
-    assert (scored["attend_and_score"], scored["roles_from_mask"], scored["scaled_dot_product_attention.default"]) == (2, 1, 0)
+    assert (scored["attend_and_score"], scored["token_types_from_mask"], scored["scaled_dot_product_attention.default"]) == (
+        2,
+        1,
+        0,
+    )
     evicted = seen["insert_fixed_eviction"]
-    assert (evicted["fit_layers"], evicted["retain_layers"], evicted["pack_layer"], evicted["first_protected"]) == (1, 1, 2, 1)
+    assert (evicted["fit_layers"], evicted["select_in_layers"], evicted["pack_layer"], evicted["static_protected_from"]) == (
+        1,
+        1,
+        2,
+        1,
+    )
     with torch.no_grad():
         logits, key, _, slots, *_ = gm(*inputs)
     torch.testing.assert_close(logits, before[0], atol=1e-4, rtol=1e-4)

@@ -34,6 +34,6 @@ def test_golden() -> None:
         render(vision_counter(gm, inputs, CONFIG)),
         """\
 %tgvkv_vision : bool[1, 19] = vision_positions((%unsqueeze))
-%tgvkv_roles : Roles = token_roles(%tgvkv_vision, None)
-%tgvkv_count : i64[1] = count_vision(%tgvkv_roles, budget=0.3, budget_of='vision', budgeting='tvb', decode='ratio', sink_tokens=4)""",
+%tgvkv_types : TokenTypes = classify_tokens(%tgvkv_vision, None)
+%tgvkv_count : i64[1] = count_vision(%tgvkv_types, budget=0.3, budget_of='vision', budgeting='tvb', decode='ratio', sink_tokens=4)""",
     )

@@ -82,10 +82,10 @@ def test_golden() -> None:
     assert_expected_inline(
         "\n".join(line for line in after.splitlines() if line not in before),
         """\
-%tgvkv_capped_0 : Capped = cap_layer(%keys, %values, %tgvkv_score_0, %tgvkv_tier_0, %tgvkv_roles, 1.5, 0.4, 4)
+%tgvkv_capped_0 : Capped = cap_layer(%keys, %values, %tgvkv_score_0, %tgvkv_tier_0, %tgvkv_types, 1.5, 0.4, 4)
 %tgvkv_capped_key_0 : f32[1, 2, 12, 4] = getitem(%tgvkv_capped_0, 0)
 %tgvkv_capped_value_0 : f32[1, 2, 12, 4] = getitem(%tgvkv_capped_0, 1)
 %tgvkv_capped_score_0 : f32[1, 12] = getitem(%tgvkv_capped_0, 2)
 %tgvkv_capped_tier_0 : i64[1, 12] = getitem(%tgvkv_capped_0, 3)
-%tgvkv_capped_roles_0 : Roles = getitem(%tgvkv_capped_0, 4)""",
+%tgvkv_capped_token_types_0 : TokenTypes = getitem(%tgvkv_capped_0, 4)""",
     )

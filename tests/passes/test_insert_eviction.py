@@ -65,9 +65,9 @@ def test_the_arena_holds_the_kept_keys_and_values(form: Any, mask: Tensor | None
 
 def test_operations() -> None:
     gm, inputs = capture(Decoder(layers=3), tokens(), features())
-    assert not {"retain", "evict_into", "new_arena"} & set(calls(rewritten(gm, inputs, "insert_budgeting").gm))
+    assert not {"select_tokens", "evict_into", "new_arena"} & set(calls(rewritten(gm, inputs, "insert_budgeting").gm))
     called = calls(rewritten(gm, inputs, "insert_eviction").gm)
-    assert called.count("retain") == called.count("evict_into") == 3
+    assert called.count("select_tokens") == called.count("evict_into") == 3
     assert called.count("new_arena") == called.count("open_segments") == called.count("segment_starts") == 1
 
 
@@ -91,8 +91,8 @@ def test_golden() -> None:
 %tgvkv_slots : SymInt = placeholder
 %tgvkv_kept : i64[1, 1] = getitem(%tgvkv_budgets, 0)
 %tgvkv_rate : f32[1, 1] = getitem(%tgvkv_budgets, 1)
-%tgvkv_positions : i64[1, 19] = getitem(%tgvkv_roles, 3)
-%tgvkv_lengths : i64[1] = getitem(%tgvkv_roles, 4)
+%tgvkv_positions : i64[1, 19] = getitem(%tgvkv_types, 3)
+%tgvkv_lengths : i64[1] = getitem(%tgvkv_types, 4)
 %tgvkv_arena : Arena = new_arena(%keys, %values, %tgvkv_slots)
 %tgvkv_room : i64[] = fitting_reserve(%tgvkv_budgets, %tgvkv_lengths, %tgvkv_arena, 4, budget=0.4, budget_of='all', budgeting='tvb', decode='ratio', sink_tokens=4)
 %tgvkv_starts : i64[1, 1] = segment_starts(%tgvkv_budgets, %tgvkv_lengths, %tgvkv_room, budget=0.4, budget_of='all', budgeting='tvb', decode='ratio', sink_tokens=4)
@@ -100,14 +100,14 @@ def test_golden() -> None:
 %tgvkv_kept_0 : i64[1] = getitem(%tgvkv_counts, 0)
 %tgvkv_firsts : tuple = by_layer(%tgvkv_starts)
 %tgvkv_start_0 : i64[1] = getitem(%tgvkv_firsts, 0)
-%tgvkv_keep_0 : bool[1, 19] = retain(%tgvkv_score_0, %tgvkv_tier_0, %tgvkv_roles, %tgvkv_kept_0, sink_tokens=4)
+%tgvkv_keep_0 : bool[1, 19] = select_tokens(%tgvkv_score_0, %tgvkv_tier_0, %tgvkv_types, %tgvkv_kept_0, sink_tokens=4)
 %tgvkv_evict_0 : NoneType = evict_into(%tgvkv_arena, %keys, %values, %tgvkv_keep_0, %tgvkv_positions, %tgvkv_start_0)
-%tgvkv_state : Bookkeeping = open_segments((%tgvkv_keep_0), (%tgvkv_roles), %tgvkv_starts)
+%tgvkv_state : Bookkeeping = open_segments((%tgvkv_keep_0), (%tgvkv_types), %tgvkv_starts)
 %tgvkv_key_arena : f32[1, 2, sym, 4] = getitem(%tgvkv_arena, 0)
 %tgvkv_value_arena : f32[1, 2, sym, 4] = getitem(%tgvkv_arena, 1)
 %tgvkv_slot_position : i32[1, sym] = getitem(%tgvkv_arena, 2)
 %tgvkv_segment_len : i64[1, 1] = getitem(%tgvkv_state, 0)
 %tgvkv_next_slot : i64[1, 1] = getitem(%tgvkv_state, 1)
 %tgvkv_protect_from : i64[1, 1] = getitem(%tgvkv_state, 2)
-%tgvkv_history : bool[1, 19] = vision_history(%tgvkv_roles)""",
+%tgvkv_history : bool[1, 19] = vision_history(%tgvkv_types)""",
     )

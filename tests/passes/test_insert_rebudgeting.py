@@ -125,17 +125,17 @@ def test_operations() -> None:
     before = calls(gm).count("scaled_dot_product_attention")
     first = rewritten(gm, inputs, "insert_survivors", compressed=held)
     called = calls(first.gm)
-    assert called.count("candidate_roles") == called.count("candidate_mask") == 3
-    assert called.count("join_candidates") == 6 and called.count("turn_roles") == 1
+    assert called.count("candidate_token_types") == called.count("candidate_mask") == 3
+    assert called.count("join_candidates") == 6 and called.count("turn_token_types") == 1
     assert called.count("scaled_dot_product_attention") == before == 3  # still on the handles
     called = calls(rewritten(gm, inputs, compressed=held).gm)
     assert called.count("scaled_dot_product_attention_with_lse") == called.count("rank_tokens") == 3
-    assert called.count("retain") == 3 and called.count("allocate_again") == called.count("protected_from") == 1
+    assert called.count("select_tokens") == 3 and called.count("allocate_again") == called.count("protected_from") == 1
     assert "scaled_dot_product_attention" not in called and "cat" not in called
     # Without handles the past is taken as it is; without new vision, neither pass has anything to do.
     assert "whole_past" not in called and "whole_past" in calls(rewritten(gm, inputs).gm)
     other, given = capture(Decoder(masked), tokens()[:, :5], None, full_cache(7), causal(1, 5, past=7))
-    assert "candidate_roles" not in calls(rewritten(other, given, compressed=pasts(other)).gm)
+    assert "candidate_token_types" not in calls(rewritten(other, given, compressed=pasts(other)).gm)
 
 
 def test_no_handle_is_left() -> None:
@@ -164,26 +164,26 @@ def test_golden() -> None:
 %tgvkv_value_0 : f32[2, 2, sym, 4] = placeholder
 %tgvkv_positions_0 : i64[2, sym] = placeholder
 %tgvkv_vision : bool[2, 19] = vision_positions((%unsqueeze))
-%tgvkv_new : Roles = turn_roles(%tgvkv_vision, %l_mask_, %tgvkv_lengths)
-%tgvkv_roles_0 : Roles = candidate_roles(%tgvkv_history, %tgvkv_positions_0, %tgvkv_new)
+%tgvkv_new : TokenTypes = turn_token_types(%tgvkv_vision, %l_mask_, %tgvkv_lengths)
+%tgvkv_types_0 : TokenTypes = candidate_token_types(%tgvkv_history, %tgvkv_positions_0, %tgvkv_new)
 %tgvkv_mask_0 : bool[2, 1, 19, sym] = candidate_mask(%l_mask_, %tgvkv_positions_0, %tgvkv_vision)
 %tgvkv_keys_0 : f32[2, 2, sym, 4] = join_candidates(%tgvkv_key_0, %k)
 %tgvkv_values_0 : f32[2, 2, sym, 4] = join_candidates(%tgvkv_value_0, %v)
 %tgvkv_attention_0 : AttentionWithLse = scaled_dot_product_attention_with_lse(%q, %tgvkv_keys_0, %tgvkv_values_0, %tgvkv_mask_0, False, 0.5)
 %tgvkv_output_0 : f32[2, 4, 19, 4] = getitem(%tgvkv_attention_0, 0)
 %tgvkv_lse_0 : f32[2, 4, 19] = getitem(%tgvkv_attention_0, 1)
-%tgvkv_ranks_0 : TokenRanks = rank_tokens(%q, %tgvkv_keys_0, %tgvkv_roles_0, %tgvkv_mask_0, False, 0.5, %tgvkv_lse_0, budget=0.4, budget_of='all', ranking='twr')
+%tgvkv_ranks_0 : TokenRanks = rank_tokens(%q, %tgvkv_keys_0, %tgvkv_types_0, %tgvkv_mask_0, False, 0.5, %tgvkv_lse_0, budget=0.4, budget_of='all', ranking='twr')
 %tgvkv_mass_0 : f32[2] = getitem(%tgvkv_ranks_0, 0)
 %tgvkv_score_0 : f32[2, sym] = getitem(%tgvkv_ranks_0, 1)
 %tgvkv_tier_0 : i64[2, sym] = getitem(%tgvkv_ranks_0, 2)
-%tgvkv_budgets : Allocation = allocate_again((%tgvkv_mass_0), (%tgvkv_roles_0), %tgvkv_history, %tgvkv_new, %tgvkv_keep_rate, budget=0.4, budget_of='all', budgeting='tvb', decode='ratio', sink_tokens=4)
+%tgvkv_budgets : Allocation = allocate_again((%tgvkv_mass_0), (%tgvkv_types_0), %tgvkv_history, %tgvkv_new, %tgvkv_keep_rate, budget=0.4, budget_of='all', budgeting='tvb', decode='ratio', sink_tokens=4)
 %tgvkv_kept : i64[2, 1] = getitem(%tgvkv_budgets, 0)
 %tgvkv_rate : f32[2, 1] = getitem(%tgvkv_budgets, 1)
 %tgvkv_counts : tuple = by_layer(%tgvkv_kept)
 %tgvkv_kept_0 : i64[2] = getitem(%tgvkv_counts, 0)
-%tgvkv_keep_0 : bool[2, sym] = retain(%tgvkv_score_0, %tgvkv_tier_0, %tgvkv_roles_0, %tgvkv_kept_0, sink_tokens=4)
-%tgvkv_at_0 : i64[2, sym] = getitem(%tgvkv_roles_0, 3)
-%tgvkv_protected : i64[2, 1] = protected_from((%tgvkv_keep_0), (%tgvkv_roles_0))
+%tgvkv_keep_0 : bool[2, sym] = select_tokens(%tgvkv_score_0, %tgvkv_tier_0, %tgvkv_types_0, %tgvkv_kept_0, sink_tokens=4)
+%tgvkv_at_0 : i64[2, sym] = getitem(%tgvkv_types_0, 3)
+%tgvkv_protected : i64[2, 1] = protected_from((%tgvkv_keep_0), (%tgvkv_types_0))
 %tgvkv_lengths_next : i64[2] = getitem(%tgvkv_new, 4)
 %tgvkv_valid : bool[2, 19] = getitem(%tgvkv_new, 0)
 %tgvkv_seen : bool[2, 28] = extend_history(%tgvkv_history, %tgvkv_new)""",

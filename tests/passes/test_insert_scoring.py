@@ -26,7 +26,7 @@ from tests.passes.decoder import (
 )
 from tgvkv_compile.ops.policy.rank import scores_from_attention
 from tgvkv_compile.ops.probabilities import attention_probabilities
-from tgvkv_compile.ops.roles import token_roles
+from tgvkv_compile.ops.token_types import classify_tokens
 from tgvkv_compile.passes.inserted import Scores
 
 FORMS: list[Any] = [
@@ -47,11 +47,11 @@ def test_scores_are_those_of_the_attention(form: Any, mask: Tensor | None, kv_he
     hidden = 0 if mask is None else 3 if not bool((mask[0, 0, -1] == mask[0, 0, -1, -1])[0]) else 0
     visible = causal(2, 19, left=hidden)
     valid = visible[:, 0, -1]
-    roles = token_roles(tokens(2) == IMAGE, valid)
+    token_types = classify_tokens(tokens(2) == IMAGE, valid)
     for layer, site in enumerate(result.plan.sites):
         q, k = got[site.query.name], got[site.key.node.name]
         attention = attention_probabilities(q, k, visible, DIM**-0.5).mean(1)
-        mass, score = scores_from_attention(attention, visible[:, 0], roles)
+        mass, score = scores_from_attention(attention, visible[:, 0], token_types)
         torch.testing.assert_close(got[f"tgvkv_mass_{layer}"], mass)
         torch.testing.assert_close(got[f"tgvkv_score_{layer}"], score)
     # Scoring touches nothing that the model computes.
@@ -65,7 +65,7 @@ def test_operations() -> None:
     assert "rank_tokens" not in calls(rewritten(gm, inputs, "normalise_attention").gm)
     called = calls(rewritten(gm, inputs, "insert_scoring").gm)
     assert called.count("rank_tokens") == 3
-    assert called.count("token_roles") == called.count("vision_positions") == 1
+    assert called.count("classify_tokens") == called.count("vision_positions") == 1
     assert "valid_columns" not in called
     gm, inputs = capture(Decoder(masked), tokens(), features(), None, causal(1, 19))
     assert calls(rewritten(gm, inputs, "insert_scoring").gm).count("valid_columns") == 1
@@ -78,11 +78,11 @@ def test_golden() -> None:
         """\
 %tgvkv_vision : bool[1, 19] = vision_positions((%unsqueeze))
 %tgvkv_valid : bool[1, 19] = valid_columns(%l_mask_, %q)
-%tgvkv_roles : Roles = token_roles(%tgvkv_vision, %tgvkv_valid)
+%tgvkv_types : TokenTypes = classify_tokens(%tgvkv_vision, %tgvkv_valid)
 %tgvkv_attention_0 : AttentionWithLse = scaled_dot_product_attention_with_lse(%q, %keys, %values, %l_mask_, False, 0.5)
 %tgvkv_output_0 : f32[1, 4, 19, 4] = getitem(%tgvkv_attention_0, 0)
 %tgvkv_lse_0 : f32[1, 4, 19] = getitem(%tgvkv_attention_0, 1)
-%tgvkv_ranks_0 : TokenRanks = rank_tokens(%q, %keys, %tgvkv_roles, %l_mask_, False, 0.5, %tgvkv_lse_0, budget=0.4, budget_of='all', ranking='twr')
+%tgvkv_ranks_0 : TokenRanks = rank_tokens(%q, %keys, %tgvkv_types, %l_mask_, False, 0.5, %tgvkv_lse_0, budget=0.4, budget_of='all', ranking='twr')
 %tgvkv_mass_0 : f32[1] = getitem(%tgvkv_ranks_0, 0)
 %tgvkv_score_0 : f32[1, 19] = getitem(%tgvkv_ranks_0, 1)
 %tgvkv_tier_0 : i64[1, 19] = getitem(%tgvkv_ranks_0, 2)""",

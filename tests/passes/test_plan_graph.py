@@ -20,12 +20,12 @@ from tests.passes.decoder import (
     written_out,
 )
 from tgvkv_compile.pipeline import plan_of
-from tgvkv_compile.plan import Plan
+from tgvkv_compile.plan import GraphPlan
 
 NONE: frozenset[str] = frozenset()
 
 
-def planned(model: torch.nn.Module, *call: Any, compressed: bool = False) -> tuple[Plan, GraphModule]:
+def planned(model: torch.nn.Module, *call: Any, compressed: bool = False) -> tuple[GraphPlan, GraphModule]:
     gm, _ = capture(model, *call)
     return plan_of(gm, pasts(gm) if compressed else NONE), gm
 

@@ -50,7 +50,7 @@ def test_a_record_that_nobody_left_is_named(scored: Rewrite) -> None:
 
 def test_what_passes_leave_needs_no_user_yet(scored: Rewrite) -> None:
     scores = scored.get(Scores)
-    assert {scores.roles, *scores.mass, *scores.score, *scores.tier} <= scored.pending()
+    assert {scores.token_types, *scores.mass, *scores.score, *scores.tier} <= scored.pending()
 
 
 def test_it_stops_after_a_pass_and_dumps_the_graph_after_each(scored: Rewrite, tmp_path: Path) -> None:
@@ -66,4 +66,4 @@ def test_a_pass_that_breaks_the_graph_is_named(scored: Rewrite) -> None:
 
 
 def breaks(rewrite: Rewrite) -> None:
-    del rewrite.get(Scores).roles.meta["example_value"]
+    del rewrite.get(Scores).token_types.meta["example_value"]

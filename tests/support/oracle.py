@@ -11,11 +11,11 @@ from torch import Tensor
 
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.ops.budgeting import allocate
-from tgvkv_compile.ops.decoding import choose_eviction
+from tgvkv_compile.ops.decode_eviction import choose_eviction
 from tgvkv_compile.ops.policy.layer import materialised
 from tgvkv_compile.ops.policy.rank import TokenRanks, rank_by_walk
-from tgvkv_compile.ops.retention import retain
-from tgvkv_compile.ops.roles import Roles, token_roles, vision_count
+from tgvkv_compile.ops.selection import select_tokens
+from tgvkv_compile.ops.token_types import TokenTypes, classify_tokens, vision_count
 
 
 class Oracle:
@@ -55,15 +55,15 @@ class Oracle:
         length = vision.shape[0]
         if visible is None:
             visible = torch.ones(length, length, dtype=torch.bool).tril()
-        roles = token_roles(vision.unsqueeze(0), None)
-        ranks = [self._ranks(layer, paid, visible, roles) for layer, paid in enumerate(attention)]
+        token_types = classify_tokens(vision.unsqueeze(0), None)
+        ranks = [self._ranks(layer, paid, visible, token_types) for layer, paid in enumerate(attention)]
         masses = torch.stack([one.mass for one in ranks], dim=1)
-        allocation = allocate(masses, roles.lengths, vision_count(roles, config=self.config), config=self.config)
+        allocation = allocate(masses, token_types.lengths, vision_count(token_types, config=self.config), config=self.config)
         keeps = [
-            retain(one.score, one.tier, roles, allocation.kept[:, layer], sink_tokens=self.config.sink_tokens)
+            select_tokens(one.score, one.tier, token_types, allocation.kept[:, layer], sink_tokens=self.config.sink_tokens)
             for layer, one in enumerate(ranks)
         ]
-        question = roles.question[0].tolist()
+        question = token_types.question[0].tolist()
         self.mass, self.rate = masses[0], allocation.rate[0]
         self.kept = [_indices(keep[0]) for keep in keeps]
         self._protected = [[position for position in kept if question[position]] for kept in self.kept]
@@ -135,36 +135,36 @@ class Oracle:
         self._vision += [False] * (total - len(self._vision)) + vision.tolist()
         if visible is None:
             visible = torch.ones(count, count, dtype=torch.bool).tril()
-        everything = token_roles(torch.tensor([self._vision]), None)  # as if this were one prompt; what is gone as well
+        everything = classify_tokens(torch.tensor([self._vision]), None)  # as if this were one prompt; what is gone as well
         found, candidates = [], []
         for layer, kept in enumerate(self.kept):
             positions = torch.tensor([*kept, *range(total, total + count)])
             # `R` and the last position are the whole prompt's: no text before the new vision is in the question.
             valid, vision_there, asking, there = (part[:, positions] for part in everything[:4])
-            roles = Roles(valid, vision_there, asking, there, everything.lengths)
+            token_types = TokenTypes(valid, vision_there, asking, there, everything.lengths)
             paid = attention[layer].mean(0) if attention[layer].dim() == 3 else attention[layer]
             sees = torch.cat([torch.ones(count, len(kept), dtype=torch.bool), visible], dim=1)
-            found.append(self._ranks(layer, paid, sees, roles))
-            candidates.append(roles)
+            found.append(self._ranks(layer, paid, sees, token_types))
+            candidates.append(token_types)
         numbers = vision_count(everything, config=self.config)
         masses = torch.stack([ranks.mass for ranks in found], dim=1)
         allocation = allocate(masses, everything.lengths, numbers, config=self.config)
         question = everything.question[0].tolist()
-        for layer, (ranks, roles) in enumerate(zip(found, candidates, strict=True)):
-            number = allocation.kept[:, layer].clamp(max=roles.positions.shape[1])
-            keep = retain(ranks.score, ranks.tier, roles, number, sink_tokens=self.config.sink_tokens)
-            self.kept[layer] = roles.positions[keep].tolist()
+        for layer, (ranks, token_types) in enumerate(zip(found, candidates, strict=True)):
+            number = allocation.kept[:, layer].clamp(max=token_types.positions.shape[1])
+            keep = select_tokens(ranks.score, ranks.tier, token_types, number, sink_tokens=self.config.sink_tokens)
+            self.kept[layer] = token_types.positions[keep].tolist()
             self._protected[layer] = [position for position in self.kept[layer] if question[position]]
             self.suffix[layer] = len(self._protected[layer])
             self._totals[layer] = total + count
             self._generated[layer] = 0
         self.mass, self.rate = masses[0], allocation.rate[0]
 
-    def _ranks(self, layer: int, attention: Tensor, visible: Tensor, roles: Roles) -> TokenRanks:
+    def _ranks(self, layer: int, attention: Tensor, visible: Tensor, token_types: TokenTypes) -> TokenRanks:
         """Of `attention [R, S]` and `visible [R, S]`."""
         walk = materialised(attention.unsqueeze(0), visible.unsqueeze(0))
         no_keys = attention.new_empty((1, 0, attention.shape[1], 0))
-        return rank_by_walk(no_keys, roles, attention.shape[0], walk, layer=layer, **self.config.for_ranking())
+        return rank_by_walk(no_keys, token_types, attention.shape[0], walk, layer=layer, **self.config.for_ranking())
 
     def crop(self, length: int) -> None:
         """Takes the tokens at positions `length` (at least 1) and later back; what was evicted meanwhile stays evicted.

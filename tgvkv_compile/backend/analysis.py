@@ -14,7 +14,7 @@ from tgvkv_compile.fx.subgraphs import all_nodes
 from tgvkv_compile.fx.targets import op_kind
 from tgvkv_compile.passes.plan_graph import UNSEEN
 from tgvkv_compile.pipeline import Findings, find_all, plan_found, with_merges_read
-from tgvkv_compile.plan import Plan, render_misses
+from tgvkv_compile.plan import GraphPlan, render_misses
 from tgvkv_compile.runtime.logical import LogicalKV
 
 
@@ -36,7 +36,7 @@ class Analysis:
     inputs: list[Any]
     compressed: frozenset[str]
     found: Findings
-    plan: Plan
+    plan: GraphPlan
     broke: Any | None
     problem: TgvkvError | None
 
@@ -62,7 +62,7 @@ def analyse(gm: GraphModule, inputs: list[Any]) -> Analysis:
     return Analysis(gm, inputs, compressed, found, plan, broke, _problem_of(gm, plan, broke))
 
 
-def _problem_of(gm: GraphModule, plan: Plan, reason: Any | None) -> TgvkvError | None:
+def _problem_of(gm: GraphModule, plan: GraphPlan, reason: Any | None) -> TgvkvError | None:
     """Why a graph, which ended at the graph break `reason`, must not run as it is; None where it may."""
     where = break_text(reason)
     packed = packed_layer(reason)
@@ -90,7 +90,7 @@ def _problem_of(gm: GraphModule, plan: Plan, reason: Any | None) -> TgvkvError |
     return None
 
 
-def _breaks_decoder(gm: GraphModule, plan: Plan, reason: Any) -> bool:
+def _breaks_decoder(gm: GraphModule, plan: GraphPlan, reason: Any) -> bool:
     """Whether a graph that cannot be rewritten ends at a break inside of the decoder."""
     missed = {miss.node for miss in plan.misses}
     merges_only = plan.kind == "dense" and plan.modality is not None and not missed

@@ -13,7 +13,7 @@ from tgvkv_compile.backend.analysis import Analysis, analyse
 from tgvkv_compile.backend.apart import compile_apart
 from tgvkv_compile.backend.arena_sizes import counter_of, fewest_vision, slots_of_example
 from tgvkv_compile.backend.cut import Cut
-from tgvkv_compile.backend.explanation import Capacity, Explanation, GraphReport, SiteReport
+from tgvkv_compile.backend.explanation import CacheEstimate, Explanation, GraphReport, SiteReport
 from tgvkv_compile.backend.options import BackendOptions, read_options
 from tgvkv_compile.backend.wrappers import module_of
 from tgvkv_compile.errors import NoAttentionError
@@ -63,7 +63,7 @@ class _Finder:
     def __init__(self, options: BackendOptions) -> None:
         self.options = options
         self.graphs: list[GraphReport] = []
-        self.capacity: Capacity | None = None
+        self.capacity: CacheEstimate | None = None
         self.cut = Cut(self, strict=options.on_unsupported == "raise")
 
     def __call__(self, gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
@@ -119,7 +119,7 @@ def _describe(node: Node) -> str:
     return f"%{node.name} = {target_name(node)} at {source_line(node).partition(', ')[0]}"
 
 
-def _capacity(graph: Analysis, options: BackendOptions) -> Capacity:
+def _capacity(graph: Analysis, options: BackendOptions) -> CacheEstimate:
     plan = graph.plan
     vision = fewest_vision(counter_of(graph, options), graph.inputs)
     slots = slots_of_example(graph, options, vision)
@@ -127,7 +127,7 @@ def _capacity(graph: Analysis, options: BackendOptions) -> Capacity:
     batch, heads, length, dim = (int(size) for size in key.shape)
     entry = heads * dim * (key.element_size() + value.element_size())
     layers = plan.num_layers
-    return Capacity(
+    return CacheEstimate(
         num_layers=layers,
         batch_size=batch,
         prompt_length=length,

@@ -62,7 +62,7 @@ class GraphReport:
 
 
 @dataclasses.dataclass(frozen=True)
-class Capacity:
+class CacheEstimate:
     """How large the compressed cache of this prompt is. Bytes are of keys and values of the whole batch.
 
     Attributes:
@@ -111,7 +111,7 @@ class Explanation:
     model: str
     eviction: EvictionConfig
     graphs: tuple[GraphReport, ...]
-    capacity: Capacity | None
+    capacity: CacheEstimate | None
 
     @property
     def problems(self) -> tuple[TgvkvError, ...]:
@@ -182,7 +182,7 @@ def _short(source: str) -> str:
     return "/".join(path.split("/")[-3:]) + colon + rest
 
 
-def _capacity_lines(capacity: Capacity) -> list[str]:
+def _capacity_lines(capacity: CacheEstimate) -> list[str]:
     full, compact, saved = capacity.full_bytes, capacity.compact_bytes, capacity.saved_bytes
     reserve = capacity.growth_reserve
     verdict = f"saves {size(saved)} ({saved / full:.0%})"

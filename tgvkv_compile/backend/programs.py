@@ -29,7 +29,7 @@ from tgvkv_compile.fx.subclasses import first_storage
 from tgvkv_compile.lower import Lowered, lower_rewritten, records_cuda_graphs
 from tgvkv_compile.ops.state import CompactState, Prefilled, split_off
 from tgvkv_compile.passes.rewrite import Rewrite
-from tgvkv_compile.plan import Plan
+from tgvkv_compile.plan import GraphPlan
 from tgvkv_compile.private import compile_lock
 from tgvkv_compile.runtime.arena_pool import ArenaPool
 from tgvkv_compile.runtime.compact import CacheIdentity, CompactCache, arena_slots
@@ -135,7 +135,7 @@ def check_gradients(inputs: Sequence[Any]) -> None:
         )
 
 
-def key_weight(plan: Plan, gm: GraphModule) -> int | None:
+def key_weight(plan: GraphPlan, gm: GraphModule) -> int | None:
     """Index of the graph input that is a weight of the first layer's keys, by which a model is recognised."""
     position = {node: index for index, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
     frontier: list[Node] = [plan.sites[0].key.new]

@@ -37,7 +37,7 @@ class _Turn(NamedTuple):
 
 
 def _read(results: Sequence[Any], slots: Sequence[tuple[int, int]]) -> _Turn:
-    """Names the results of a rewritten turn; `slots` are the outputs for keys and values of each layer.
+    """Names the results of a rewritten later turn; `slots` are the outputs for keys and values of each layer.
 
     Raises:
         PaddingError: A sample is padded on the right.
@@ -52,7 +52,7 @@ def _read(results: Sequence[Any], slots: Sequence[tuple[int, int]]) -> _Turn:
 
 
 class VisionContinuationProgram(CachedProgram):
-    """Runs a rewritten turn with new vision: the survivors go in, and what is kept of all candidates is packed anew.
+    """Runs a rewritten later turn with new vision: the survivors go in, and what is kept of all candidates is packed anew.
 
     The graph changes nothing in place, so a turn that fails leaves the cache as it was.
     """
@@ -71,7 +71,7 @@ class VisionContinuationProgram(CachedProgram):
 
 
 class LatePrefillProgram:
-    """Runs a rewritten turn with vision on a cache of text: all that it holds and the new tokens become a compact cache.
+    """Runs a rewritten later turn with vision on a cache of text: all that it holds and the new tokens become a compact cache.
 
     The graph changes nothing in place, so a turn that fails leaves the cache as it was.
     """

@@ -179,7 +179,7 @@ def _refuse_beside_onnx(context: typer.Context) -> None:
             raise CommandError(f"--{option} cannot be given beside --onnx: the export has its own; export again to change it")
 
 
-exports = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Write engines of fixed shapes, eviction inside.")
+exports = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Write engines of static shapes, eviction inside.")
 app.add_typer(exports, name="export")
 
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder to write to.", show_default=False)]

@@ -81,7 +81,7 @@ def race(
     inputs: Mapping[str, Tensor],
     advance: Callable[[], None] = lambda: None,
 ) -> list[Speed]:
-    """Times contenders that have answered this batch before, in turns.
+    """Times contenders that have answered this batch before, interleaved.
 
     Args:
         contenders: Who runs.

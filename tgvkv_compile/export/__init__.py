@@ -1,4 +1,4 @@
-"""Engines whose shapes are fixed for good: ONNX and TensorRT, with eviction inside (`docs/export.md`)."""
+"""Engines of static shapes: ONNX and TensorRT, with eviction inside (`docs/export.md`)."""
 
 from tgvkv_compile.export.budget_plan import BudgetPlan
 from tgvkv_compile.export.calibrate import calibrate

@@ -1,4 +1,4 @@
-"""A model as two exported programs: prefill and decode, with eviction inside and shapes that are fixed for good."""
+"""A model as two exported programs: prefill and decode, with eviction inside and static shapes."""
 
 import contextlib
 import dataclasses
@@ -24,7 +24,7 @@ from tgvkv_compile.export.traced import traced_decode, traced_prefill
 from tgvkv_compile.export.vision import traced_vision
 from tgvkv_compile.fx.dump import Dumper
 from tgvkv_compile.fx.meta import fake_tensor, output_nodes
-from tgvkv_compile.ops.fixed_prefill import block_count
+from tgvkv_compile.ops.static_prefill import block_count
 
 Say = Callable[[str], None]
 _LEAST_QUESTION = 256  # the question's rows are walked twice, as many as it may have: not all of a long prompt

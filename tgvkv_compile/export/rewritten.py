@@ -1,4 +1,4 @@
-"""The rewritten graphs of an engine: the passes of fixed shapes, verified one by one."""
+"""The rewritten graphs of an engine: the passes of static shapes, verified one by one."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from tgvkv_compile.fx.dump import Dumper
 from tgvkv_compile.fx.environment import Environment
 from tgvkv_compile.fx.meta import fake_tensor
 from tgvkv_compile.fx.verify import verify
-from tgvkv_compile.ops.fixed_shapes import PackedLayer
+from tgvkv_compile.ops.static_shapes import PackedLayer
 from tgvkv_compile.passes.drop_assertions import drop_assertions
 from tgvkv_compile.passes.drop_empty_pasts import drop_empty_pasts
 from tgvkv_compile.passes.find_additions import find_additions
@@ -24,9 +24,9 @@ from tgvkv_compile.passes.insert_fixed_decode import insert_fixed_decode
 from tgvkv_compile.passes.insert_fixed_eviction import insert_fixed_eviction
 from tgvkv_compile.passes.insert_fixed_scoring import insert_fixed_scoring
 from tgvkv_compile.passes.insert_gathers import insert_gathers
-from tgvkv_compile.passes.rewrite import FixedDecode, FixedPrefill, Rewrite
+from tgvkv_compile.passes.rewrite import Rewrite, StaticDecode, StaticPrefill
 from tgvkv_compile.pipeline import plan_of
-from tgvkv_compile.plan import GraphKind, Plan, render_misses
+from tgvkv_compile.plan import GraphKind, GraphPlan, render_misses
 from tgvkv_compile.runner import Step, in_order, run_steps
 
 
@@ -62,14 +62,14 @@ def rewrite_prefill(
         dumper: Writes the graph before and after each step.
 
     Raises:
-        UnsupportedGraphError: It holds something that fixed shapes do not allow.
+        UnsupportedGraphError: It holds something that static shapes do not allow.
     """
     rewrite = _begin(gm, inputs, frozenset(), budgets)
     _check(rewrite.plan, "prefill", budgets.num_layers)
     check_causal(gm, rewrite.plan, inputs)
     rewrite.plan = dataclasses.replace(rewrite.plan, additions=find_additions(gm))
     mask = next(iter(gm.graph.find_nodes(op="placeholder", target=MASK)))
-    rewrite.leave(FixedPrefill(budgets.capacities, budgets.max_new_tokens, blocks, question_rows, mask))
+    rewrite.leave(StaticPrefill(budgets.capacities, budgets.max_new_tokens, blocks, question_rows, mask))
     _run(rewrite, dumper)
 
 
@@ -94,7 +94,7 @@ def rewrite_decode(gm: GraphModule, inputs: Sequence[Tensor], budgets: BudgetPla
     check_sees_all(gm, rewrite.plan, inputs)
     state = _empty_state(rewrite.plan, budgets)
     fake_mode = rewrite.environment.fake_mode
-    rewrite.leave(FixedDecode({name: fake_mode.from_tensor(value) for name, value in state.items()}))
+    rewrite.leave(StaticDecode({name: fake_mode.from_tensor(value) for name, value in state.items()}))
     _run(rewrite, dumper)
     return state
 
@@ -113,7 +113,7 @@ def _begin(gm: GraphModule, inputs: Sequence[Tensor], compressed: frozenset[str]
     return Rewrite(gm, environment, plan_of(gm, compressed), budgets.eviction)
 
 
-def _check(found: Plan, kind: GraphKind, layers: int) -> None:
+def _check(found: GraphPlan, kind: GraphKind, layers: int) -> None:
     if found.kind != kind:
         misses = f"\n{render_misses(found.misses)}" if found.misses else ""
         raise UnsupportedGraphError(f"the exported graph should be a {kind}, and is {found.kind}: {found.reason}{misses}")
@@ -124,7 +124,7 @@ def _check(found: Plan, kind: GraphKind, layers: int) -> None:
         )
 
 
-def _empty_state(found: Plan, plan: BudgetPlan) -> dict[str, Tensor]:
+def _empty_state(found: GraphPlan, plan: BudgetPlan) -> dict[str, Tensor]:
     made: list[Tensor] = []
     for site, slots in zip(found.sites, plan.capacities, strict=True):
         for append in (site.key, site.value):

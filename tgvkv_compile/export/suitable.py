@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 from tgvkv_compile.errors import ConfigError, UnsupportedGraphError
 from tgvkv_compile.export.families import MASK
 from tgvkv_compile.ops.graph_masks import visible
-from tgvkv_compile.plan import Plan
+from tgvkv_compile.plan import GraphPlan
 
 _DTYPES = (torch.float32, torch.float16)
 _REASONS = {
@@ -44,7 +44,7 @@ def check_implementation(model: torch.nn.Module) -> None:
             )
 
 
-def check_causal(gm: GraphModule, found: Plan, inputs: Sequence[Tensor]) -> None:
+def check_causal(gm: GraphModule, found: GraphPlan, inputs: Sequence[Tensor]) -> None:
     """Raises unless every layer sees the valid tokens up to itself, and no others: what the rewritten attention computes.
 
     Masks are evaluated, on the example inputs and with a token of padding. Attention without a mask must be causal.
@@ -82,7 +82,7 @@ def check_causal(gm: GraphModule, found: Plan, inputs: Sequence[Tensor]) -> None
                 )
 
 
-def check_sees_all(gm: GraphModule, found: Plan, inputs: Sequence[Tensor]) -> None:
+def check_sees_all(gm: GraphModule, found: GraphPlan, inputs: Sequence[Tensor]) -> None:
     """Raises unless a decode step's token sees all of its past, as the rewritten step does.
 
     Raises:
@@ -104,7 +104,7 @@ def check_sees_all(gm: GraphModule, found: Plan, inputs: Sequence[Tensor]) -> No
 _OTHERS = "torch.compile with tgvkv_backend takes other masks"
 
 
-def _masks(found: Plan) -> list[Node]:
+def _masks(found: GraphPlan) -> list[Node]:
     return list(dict.fromkeys(site.mask for site in found.sites if site.mask is not None))
 
 

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer
 
 from tgvkv_compile.errors import UnsupportedGraphError, first_line
 from tgvkv_compile.export.families import FEATURES, IDS, MASK, PIXELS, POSITIONS, Family, features_given
-from tgvkv_compile.ops.roles import prefix_count
+from tgvkv_compile.ops.token_types import prefix_count
 from tgvkv_compile.passes.drop_assertions import drop_assertions
 from tgvkv_compile.runtime.inspect import CACHE_NAMES
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from tgvkv_compile.config import Budgeting, EvictionConfig, name_of
+from tgvkv_compile.ops.policy.bounds import Bounds, Sharing, fill
 from tgvkv_compile.ops.policy.pyramid import pyramid
 from tgvkv_compile.ops.policy.returned import check_tensor
-from tgvkv_compile.ops.policy.room import Room, Sharing, fill
 from tgvkv_compile.ops.policy.same import same
 from tgvkv_compile.ops.policy.share import budgeted
 from tgvkv_compile.ops.policy.tvb import tvb
@@ -41,13 +41,13 @@ class Allocation(NamedTuple):
     rate: Tensor
 
 
-def _wants(budgeting: Budgeting | Callable[..., Any], weight: Tensor, room: Room) -> Tensor:
+def _wants(budgeting: Budgeting | Callable[..., Any], weight: Tensor, bounds: Bounds) -> Tensor:
     """Entries that each layer wants, `[B, L]`; a function says by which weights the budget is filled."""
     if isinstance(budgeting, str):
-        return SHARINGS[budgeting](weight, room)
+        return SHARINGS[budgeting](weight, bounds)
     found = budgeting(weight)
     check_tensor(f"budgeting={name_of(budgeting)} returned", found, torch.float32, "[B, L]", tuple(weight.shape))
-    return fill(found, room)
+    return fill(found, bounds)
 
 
 def allocate(mass: Tensor, lengths: Tensor, num_vision: Tensor, *, config: EvictionConfig) -> Allocation:
@@ -59,25 +59,25 @@ def allocate(mass: Tensor, lengths: Tensor, num_vision: Tensor, *, config: Evict
     Args:
         mass: `[B, L]` float32, `m_l` of [`scores_from_attention`][tgvkv_compile.ops.policy.rank.scores_from_attention].
         lengths: `[B]` int64, the `N` of each sample.
-        num_vision: `[B]` int64, of [`vision_count`][tgvkv_compile.ops.roles.vision_count].
+        num_vision: `[B]` int64, of [`vision_count`][tgvkv_compile.ops.token_types.vision_count].
         config: `budget`, `budget_of`, `budgeting`, `sink_tokens`; and `decode`, because in `"fixed"` mode a rate of 1
             must mean "never evicts": layers that merely keep all of their prompt get the float below 1 instead.
     """
     weight = _weights(mass, num_vision)
     length = lengths.to(torch.float32).unsqueeze(1)
-    floor = length.clamp(max=config.sink_tokens + 1)
+    minimum = length.clamp(max=config.sink_tokens + 1)
     if config.budget_of == "all":
-        wanted = _wants(config.budgeting, weight, Room(budgeted(length, config), floor, length))
+        wanted = _wants(config.budgeting, weight, Bounds(budgeted(length, config), minimum, length))
         # The released code rounds the evicted number, half to even.
         kept = length - torch.round(length - wanted) if config.budgeting == "tvb" else torch.round(wanted)
-        kept = kept.clamp(floor, length)
+        kept = kept.clamp(minimum, length)
         rate = (wanted if config.budgeting in _UNMET else kept) / length.clamp(min=1.0)
     else:
         vision = num_vision.to(torch.float32).unsqueeze(1)
         none = torch.zeros_like(vision)
-        wanted = _wants(config.budgeting, weight, Room(budgeted(vision, config), none, vision))
+        wanted = _wants(config.budgeting, weight, Bounds(budgeted(vision, config), none, vision))
         chosen = torch.round(wanted).clamp(none, vision)
-        kept = torch.maximum(length - vision + chosen, floor)
+        kept = torch.maximum(length - vision + chosen, minimum)
         rate = kept / length.clamp(min=1.0)
     dense = _never_evicts(lengths, num_vision, config).unsqueeze(1)
     if config.decode == "fixed":
@@ -130,13 +130,13 @@ def _layer_bound(length: int, num_vision: int | None, config: EvictionConfig) ->
     if tokens is None:
         return float(length)
     share = float(min(config.budget, tokens)) if isinstance(config.budget, int) else tokens * config.budget
-    floor = min(config.sink_tokens + 1, length)
+    minimum = min(config.sink_tokens + 1, length)
     if config.budget_of == "vision":
-        bound = max(length - tokens, floor) + share + 1.0
+        bound = max(length - tokens, minimum) + share + 1.0
     elif config.budgeting == "tvb":
-        bound = share + floor + 1.0  # a layer below the floor is lifted to it, and the others do not pay for it
+        bound = share + minimum + 1.0  # a layer below the minimum is lifted to it, and the others do not pay for it
     else:
-        bound = max(share, floor) + 1.0
+        bound = max(share, minimum) + 1.0
     return min(float(length), bound)
 
 
@@ -150,7 +150,7 @@ def kept_bound(num_layers: int, length: int, *, config: EvictionConfig, num_visi
         num_layers: `L`.
         length: `N`.
         config: The budget.
-        num_vision: For `budget_of="vision"`, of [`vision_count`][tgvkv_compile.ops.roles.vision_count]; None if
+        num_vision: For `budget_of="vision"`, of [`vision_count`][tgvkv_compile.ops.token_types.vision_count]; None if
             unknown.
     """
     return min(num_layers * length, math.ceil(num_layers * _layer_bound(length, num_vision, config)))

@@ -7,8 +7,8 @@ import torch
 from torch import SymInt, Tensor
 
 from tgvkv_compile.config import EvictionConfig
-from tgvkv_compile.ops.retention import retain
-from tgvkv_compile.ops.roles import Roles
+from tgvkv_compile.ops.selection import select_tokens
+from tgvkv_compile.ops.token_types import TokenTypes
 
 _FRACTION = 1 << 24
 """A fraction of a symbolic length is taken in integers, in parts of this."""
@@ -22,14 +22,14 @@ class Capped(NamedTuple):
         value: `[B, Hkv, C, D]`.
         score: `[B, C]` float32.
         tier: `[B, C]` int64.
-        roles: Of the `C` columns.
+        token_types: Of the `C` columns.
     """
 
     key: Tensor
     value: Tensor
     score: Tensor
     tier: Tensor
-    roles: Roles
+    token_types: TokenTypes
 
 
 def cap_tokens(length: int | SymInt, cap: float, *, config: EvictionConfig) -> int | SymInt:
@@ -49,34 +49,41 @@ def cap_tokens(length: int | SymInt, cap: float, *, config: EvictionConfig) -> i
 
 
 def cap_layer(
-    key: Tensor, value: Tensor, score: Tensor, tier: Tensor, roles: Roles, cap: float, budget: float | int, sink_tokens: int
+    key: Tensor,
+    value: Tensor,
+    score: Tensor,
+    tier: Tensor,
+    token_types: TokenTypes,
+    cap: float,
+    budget: float | int,
+    sink_tokens: int,
 ) -> Capped:
-    """A layer's best `C` tokens in the order of retention, whatever its budget turns out to be.
+    """A layer's best `C` tokens in the order of selection, whatever its budget turns out to be.
 
-    What [`retain`][tgvkv_compile.ops.retention.retain] keeps of these is what it keeps of all, as long as that is not
-    more than `C`; else it keeps these.
+    What [`select_tokens`][tgvkv_compile.ops.selection.select_tokens] keeps of these is what it keeps of all, as long as that
+    is not more than `C`; else it keeps these.
 
     Args:
         key: `[B, Hkv, N, D]`.
         value: `[B, Hkv, N, D]`.
         score: `[B, N]` float32.
         tier: `[B, N]` int64.
-        roles: Of the `N` tokens.
+        token_types: Of the `N` tokens.
         cap: As of [`cap_tokens`][].
         budget: As of `EvictionConfig`, of the whole prompt.
         sink_tokens: As there.
     """
     count = cap_tokens(key.shape[2], cap, config=EvictionConfig(budget, sink_tokens=sink_tokens))
-    keep = retain(score, tier, roles, roles.lengths.clamp(max=cast(int, count)), sink_tokens=sink_tokens)
+    keep = select_tokens(score, tier, token_types, token_types.lengths.clamp(max=cast(int, count)), sink_tokens=sink_tokens)
     # Kept columns first, each kind in its order.
     columns = keep.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :count]
     wide = columns[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])
     there = keep.gather(1, columns)
-    chosen = Roles(
+    chosen = TokenTypes(
         there,
-        roles.vision.gather(1, columns) & there,
-        roles.question.gather(1, columns) & there,
-        torch.where(there, roles.positions.gather(1, columns), -1),
-        roles.lengths,
+        token_types.vision.gather(1, columns) & there,
+        token_types.question.gather(1, columns) & there,
+        torch.where(there, token_types.positions.gather(1, columns), -1),
+        token_types.lengths,
     )
     return Capped(key.gather(2, wide), value.gather(2, wide), score.gather(1, columns), tier.gather(1, columns), chosen)

@@ -7,7 +7,7 @@ from torch import Tensor, library
 
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.ops import kernels
-from tgvkv_compile.ops.decoding import choose_eviction, next_protected
+from tgvkv_compile.ops.decode_eviction import choose_eviction, next_protected
 from tgvkv_compile.ops.kernels.cpu import decode as cpu_decode
 from tgvkv_compile.ops.segments import attend_segment
 from tgvkv_compile.ops.state import CompactState

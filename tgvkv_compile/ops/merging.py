@@ -1,4 +1,4 @@
-"""Vision features into token embeddings, for graphs whose shapes are fixed for good: a prefix sum and a gather.
+"""Vision features into token embeddings, for graphs of static shapes: a prefix sum and a gather.
 
 `masked_scatter` and boolean indices stand for data of unknown number, which engines do not have.
 """
@@ -6,7 +6,7 @@
 import torch
 from torch import Tensor
 
-from tgvkv_compile.ops.roles import prefix_count
+from tgvkv_compile.ops.token_types import prefix_count
 
 
 def merge_features(embeds: Tensor, mask: Tensor, features: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.ops.budgeting import Allocation, allocate, segment_capacity
-from tgvkv_compile.ops.roles import Roles, vision_count
+from tgvkv_compile.ops.token_types import TokenTypes, vision_count
 
 
 class Arena(NamedTuple):
@@ -20,13 +20,13 @@ class Arena(NamedTuple):
     slot_position: Tensor
 
 
-def allocate_layers(mass: tuple[Tensor, ...], roles: Roles, **options: Any) -> Allocation:
+def allocate_layers(mass: tuple[Tensor, ...], token_types: TokenTypes, **options: Any) -> Allocation:
     """`allocate` from the layers' masses, `[B]` each; `options` are the fields of `EvictionConfig`.
 
     Functions that stand in a graph take options one by one: a graph's constants must be plain values.
     """
     config = EvictionConfig(**options)
-    return allocate(torch.stack(mass, dim=1), roles.lengths, vision_count(roles, config=config), config=config)
+    return allocate(torch.stack(mass, dim=1), token_types.lengths, vision_count(token_types, config=config), config=config)
 
 
 @functools.lru_cache(maxsize=64)
@@ -45,9 +45,9 @@ def allocated_by(function: Callable[..., Allocation], budgeting: str | Callable[
     return allocate_by
 
 
-def count_vision(roles: Roles, **options: Any) -> Tensor:
+def count_vision(token_types: TokenTypes, **options: Any) -> Tensor:
     """`vision_count`, int64 `[B]`; `options` are the fields of `EvictionConfig`."""
-    return vision_count(roles, config=EvictionConfig(**options))
+    return vision_count(token_types, config=EvictionConfig(**options))
 
 
 def by_layer(values: Tensor) -> tuple[Tensor, ...]:
@@ -141,31 +141,31 @@ class Bookkeeping(NamedTuple):
     protect_from: Tensor
 
 
-def open_segments(keeps: tuple[Tensor, ...], roles: tuple[Roles, ...], starts: Tensor) -> Bookkeeping:
+def open_segments(keeps: tuple[Tensor, ...], token_types: tuple[TokenTypes, ...], starts: Tensor) -> Bookkeeping:
     """The state of freshly packed segments.
 
     Args:
         keeps: bool `[B, N]` per layer.
-        roles: Of the `N` tokens, per layer.
+        token_types: Of the `N` tokens, per layer.
         starts: int64 `[B, L]`.
 
     Returns:
         Lengths, next slots and the first protected positions (the first kept token of `R`; algorithm, Decode 3).
     """
     length = torch.stack([keep.sum(1) for keep in keeps], dim=1)
-    return Bookkeeping(length, starts + length, protected_from(keeps, roles))
+    return Bookkeeping(length, starts + length, protected_from(keeps, token_types))
 
 
-def protected_from(keeps: tuple[Tensor, ...], roles: tuple[Roles, ...]) -> Tensor:
-    """`[B, L]` int64: where the protected suffix of each layer begins.
+def protected_from(keeps: tuple[Tensor, ...], token_types: tuple[TokenTypes, ...]) -> Tensor:
+    """`[B, L]` int64: the first kept position of `R` in each layer, where its protected suffix begins (algorithm, Decode 3).
 
     Args:
         keeps: bool `[B, N]` per layer.
-        roles: Of the `N` tokens, per layer.
+        token_types: Of the `N` tokens, per layer.
     """
-    return torch.stack([first_protected(keep, theirs) for keep, theirs in zip(keeps, roles, strict=True)], dim=1)
-
-
-def first_protected(keep: Tensor, roles: Roles) -> Tensor:
-    """`[B]` int64: the first kept position of `R`, where the protected suffix begins (algorithm, Decode 3)."""
-    return torch.where(keep & roles.question, roles.positions, torch.iinfo(torch.int64).max).amin(1)
+    beyond = torch.iinfo(torch.int64).max
+    found = [
+        torch.where(keep & theirs.question, theirs.positions, beyond).amin(1)
+        for keep, theirs in zip(keeps, token_types, strict=True)
+    ]
+    return torch.stack(found, dim=1)

@@ -48,7 +48,7 @@ class Prefilled(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """Which of a layer's candidates a turn with new vision keeps.
+    """Which of a layer's candidates a later turn with new vision keeps.
 
     Attributes:
         keep: bool `[B, W + Q]`.
@@ -60,7 +60,7 @@ class Choice(NamedTuple):
 
 
 class Reselected(NamedTuple):
-    """What a turn with new vision decides, at the end of its outputs, in this order.
+    """What a later turn with new vision decides, at the end of its outputs, in this order.
 
     Attributes:
         kept: int64 `[B, L]`, how many candidates each layer keeps.
@@ -80,7 +80,7 @@ class Reselected(NamedTuple):
 
 
 class Survivors(NamedTuple):
-    """What one layer still holds, in position order, as a turn with new vision takes it in.
+    """What one layer still holds, in position order, as a later turn with new vision takes it in.
 
     Attributes:
         key: `[B, Hkv, W, D]`.

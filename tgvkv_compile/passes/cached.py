@@ -12,7 +12,7 @@ from tgvkv_compile.fx.meta import fake_tensor, output_nodes
 from tgvkv_compile.ops.continue_step import advance_lengths
 from tgvkv_compile.ops.state import CompactState
 from tgvkv_compile.passes.rewrite import ArenaSizes, Rewrite
-from tgvkv_compile.plan import Plan
+from tgvkv_compile.plan import GraphPlan
 
 
 def insert_state(rewrite: Rewrite) -> CompactState:
@@ -47,7 +47,7 @@ def _fake_state(rewrite: Rewrite) -> CompactState:
     )
 
 
-def close(gm: GraphModule, plan: Plan, state: CompactState, mask: Node | None) -> None:
+def close(gm: GraphModule, plan: GraphPlan, state: CompactState, mask: Node | None) -> None:
     """Returns None where the joined KV was returned, then the new `lengths`; removes the inputs that held the past.
 
     Args:
@@ -68,7 +68,7 @@ def close(gm: GraphModule, plan: Plan, state: CompactState, mask: Node | None) -
     drop_pasts(gm, past_inputs(plan))
 
 
-def past_inputs(plan: Plan) -> tuple[Node, ...]:
+def past_inputs(plan: GraphPlan) -> tuple[Node, ...]:
     """The inputs that hold the past: of every layer the keys, then the values."""
     pasts = [append.past for site in plan.sites for append in (site.key, site.value)]
     return tuple(past for past in pasts if past is not None)

@@ -3,7 +3,7 @@
 from tgvkv_compile.fx.dead_code import remove_dead
 from tgvkv_compile.fx.insert import insert_call
 from tgvkv_compile.ops.packing import count_vision
-from tgvkv_compile.passes.insert_scoring import insert_roles
+from tgvkv_compile.passes.insert_scoring import insert_token_types
 from tgvkv_compile.passes.rewrite import Rewrite
 
 
@@ -18,7 +18,7 @@ def extract_vision_count(rewrite: Rewrite) -> None:
 
     After::
 
-        %tgvkv_count : i64[B] = count_vision(token_roles(vision_positions((%mask,)), %valid))
+        %tgvkv_count : i64[B] = count_vision(classify_tokens(vision_positions((%mask,)), %valid))
         return (%tgvkv_count,)                                  # all else is dead and gone
 
     Requires: a prefill plan; `materialise_masks` ran. Ensures: the graph takes the inputs that the prefill does.
@@ -26,7 +26,7 @@ def extract_vision_count(rewrite: Rewrite) -> None:
     gm, plan = rewrite.gm, rewrite.plan
     assert plan.modality is not None
     with gm.graph.inserting_before(gm.graph.output_node()):
-        roles, _ = insert_roles(rewrite, plan.modality.masks[0])
-        count = insert_call(gm, count_vision, roles, name="tgvkv_count", **rewrite.config.constants())
+        token_types, _ = insert_token_types(rewrite, plan.modality.masks[0])
+        count = insert_call(gm, count_vision, token_types, name="tgvkv_count", **rewrite.config.constants())
     gm.graph.output_node().args = ((count,),)
     remove_dead(gm)

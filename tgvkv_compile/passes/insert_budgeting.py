@@ -16,13 +16,13 @@ def insert_budgeting(rewrite: Rewrite) -> None:
 
     After::
 
-        %tgvkv_budgets : (i64[B, L], f32[B, L]) = allocate_layers((%tgvkv_mass_0, ...), %tgvkv_roles, budget=...)
+        %tgvkv_budgets : (i64[B, L], f32[B, L]) = allocate_layers((%tgvkv_mass_0, ...), %tgvkv_types, budget=...)
 
     Requires: `insert_scoring` ran. Ensures: one allocation for the whole graph.
     """
     config, scores = rewrite.config, rewrite.get(Scores)
     function = allocated_by(allocate_layers, config.budgeting)
     with rewrite.gm.graph.inserting_after(scores.tier[-1]), told("budgeting", config.budgeting):
-        given = (scores.mass, scores.roles)
+        given = (scores.mass, scores.token_types)
         allocation = insert_call(rewrite.gm, function, *given, name="tgvkv_budgets", **config.constants())
     rewrite.leave(Budgets(allocation))

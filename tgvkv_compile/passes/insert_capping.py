@@ -16,10 +16,10 @@ def insert_capping(rewrite: Rewrite) -> None:
 
     After::
 
-        %tgvkv_capped_l : Capped = cap_layer(%keys_l, %values_l, %tgvkv_score_l, %tgvkv_tier_l, %tgvkv_roles, cap, ...)
+        %tgvkv_capped_l : Capped = cap_layer(%keys_l, %values_l, %tgvkv_score_l, %tgvkv_tier_l, %tgvkv_types, cap, ...)
         %tgvkv_capped_key_l, %tgvkv_capped_value_l : [B, Hkv, C, D]
         %tgvkv_capped_score_l, %tgvkv_capped_tier_l : f32[B, C], i64[B, C]
-        %tgvkv_capped_roles_l : Roles
+        %tgvkv_capped_token_types_l : TokenTypes
 
     Requires: `insert_scoring` ran, in a prefill whose budget is of the whole prompt. Ensures: eviction needs no KV of the full
     length. Exact where no layer is to keep more than `C`, `cap` times the mean budget.
@@ -33,7 +33,7 @@ def insert_capping(rewrite: Rewrite) -> None:
         with gm.graph.inserting_after(tier):
             kv = (site.key.node, site.value.node)
             options = (cap, config.budget, config.sink_tokens)
-            capped = insert_call(gm, cap_layer, *kv, score, tier, scores.roles, *options, name=f"tgvkv_capped_{layer}")
+            capped = insert_call(gm, cap_layer, *kv, score, tier, scores.token_types, *options, name=f"tgvkv_capped_{layer}")
         parts = []
         for part in reversed(Capped._fields):
             with gm.graph.inserting_after(capped):

@@ -8,12 +8,12 @@ from tgvkv_compile.fx.dead_code import pin
 from tgvkv_compile.fx.insert import insert_call, insert_item, insert_placeholder
 from tgvkv_compile.fx.meta import BEGINS, output_nodes
 from tgvkv_compile.ops import packing
-from tgvkv_compile.ops.retention import retain
+from tgvkv_compile.ops.later_turns import vision_history
+from tgvkv_compile.ops.selection import select_tokens
 from tgvkv_compile.ops.state import CompactState, Prefilled
-from tgvkv_compile.ops.turns import vision_history
 from tgvkv_compile.passes.inserted import Budgets, CappedLayers, LayerCandidates, Scores
 from tgvkv_compile.passes.rewrite import ArenaSizes, Rewrite
-from tgvkv_compile.plan import Plan
+from tgvkv_compile.plan import GraphPlan
 
 
 def insert_eviction(rewrite: Rewrite) -> None:
@@ -30,15 +30,15 @@ def insert_eviction(rewrite: Rewrite) -> None:
         %tgvkv_room    : i64[]         = fitting_reserve(%tgvkv_budgets, %tgvkv_lengths, %tgvkv_arena, reserve)
         %tgvkv_starts  : i64[B, L]     = segment_starts(%tgvkv_budgets, %tgvkv_lengths, %tgvkv_room)
         %tgvkv_kept_l  : i64[B]        = by_layer(kept)[l]                # and %tgvkv_start_l
-        %tgvkv_keep_l  : b8[B, N]      = retain(%tgvkv_score_l, %tgvkv_tier_l, %tgvkv_roles, %tgvkv_kept_l)
+        %tgvkv_keep_l  : b8[B, N]      = select_tokens(%tgvkv_score_l, %tgvkv_tier_l, %tgvkv_types, %tgvkv_kept_l)
         %tgvkv_evict_l : None          = evict_into(%tgvkv_arena, %keys_l, %values_l, %tgvkv_keep_l, ...)
-        %tgvkv_state   : Bookkeeping   = open_segments((%tgvkv_keep_0, ...), (%tgvkv_roles, ...), %tgvkv_starts)
-        %tgvkv_history : b8[B, N]      = vision_history(%tgvkv_roles)
+        %tgvkv_state   : Bookkeeping   = open_segments((%tgvkv_keep_0, ...), (%tgvkv_types, ...), %tgvkv_starts)
+        %tgvkv_history : b8[B, N]      = vision_history(%tgvkv_types)
         return (None, None, ..., %logits, <CompactState>, <Prefilled>)
 
     Requires: `insert_budgeting` ran. Ensures: no output holds KV of the full length; the outputs keep their places,
     with None where KV was, followed by the tensors of `CompactState` and of `Prefilled`.
-    Where `insert_capping` capped, what it left is in the place of each layer's KV, scores and roles.
+    Where `insert_capping` capped, what it left is in the place of each layer's KV, scores and token types.
     """
     gm, plan, config = rewrite.gm, rewrite.plan, rewrite.config
     scores, budgets, sizes = rewrite.get(Scores), rewrite.get(Budgets), rewrite.get(ArenaSizes)
@@ -51,8 +51,8 @@ def insert_eviction(rewrite: Rewrite) -> None:
         call = _Caller(gm)
         kept = call.item(budgets.allocation, "kept", "tgvkv_kept")
         rate = call.item(budgets.allocation, "rate", "tgvkv_rate")
-        positions = call.item(scores.roles, "positions", "tgvkv_positions")
-        lengths = call.item(scores.roles, "lengths", "tgvkv_lengths")
+        positions = call.item(scores.token_types, "positions", "tgvkv_positions")
+        lengths = call.item(scores.token_types, "lengths", "tgvkv_lengths")
         arena = call(packing.new_arena, chosen[0].key, chosen[0].value, slots, name="tgvkv_arena")
         shared = (budgets.allocation, lengths)
         room = call(packing.fitting_reserve, *shared, arena, sizes.reserve, name="tgvkv_room", **options)
@@ -61,16 +61,16 @@ def insert_eviction(rewrite: Rewrite) -> None:
         first = call.items(call(packing.by_layer, starts, name="tgvkv_firsts"), plan.num_layers, "tgvkv_start")
         keeps: list[Node] = []
         for layer, candidates in enumerate(chosen):
-            ranked = (candidates.score, candidates.tier, candidates.roles, counts[layer])
-            keep = call(retain, *ranked, name=f"tgvkv_keep_{layer}", sink_tokens=config.sink_tokens)
+            ranked = (candidates.score, candidates.tier, candidates.token_types, counts[layer])
+            keep = call(select_tokens, *ranked, name=f"tgvkv_keep_{layer}", sink_tokens=config.sink_tokens)
             keep.meta[BEGINS] = True
             keeps.append(keep)
             if capped:
-                positions = call.item(candidates.roles, "positions", f"tgvkv_positions_{layer}")
+                positions = call.item(candidates.token_types, "positions", f"tgvkv_positions_{layer}")
             kv = (candidates.key, candidates.value)
             pin(call(packing.evict_into, arena, *kv, keep, positions, first[layer], name=f"tgvkv_evict_{layer}"))
-        roles = tuple(candidates.roles for candidates in chosen)
-        opened = call(packing.open_segments, tuple(keeps), roles, starts, name="tgvkv_state")
+        token_types = tuple(candidates.token_types for candidates in chosen)
+        opened = call(packing.open_segments, tuple(keeps), token_types, starts, name="tgvkv_state")
         opened.meta[BEGINS] = True
         state: dict[str, Any] = {
             "key_arena": call.item(arena, "key", "tgvkv_key_arena"),
@@ -83,16 +83,18 @@ def insert_eviction(rewrite: Rewrite) -> None:
             "keep_rate": rate,
             "lengths": lengths,
         }
-        history = call(vision_history, scores.roles, name="tgvkv_history")
+        history = call(vision_history, scores.token_types, name="tgvkv_history")
         told: dict[str, Any] = {"history": history, "room": room, "valid": scores.valid}
     for site in plan.sites:
         outputs[site.key.output] = outputs[site.value.output] = None
     gm.graph.output_node().args = ((*outputs, *CompactState(**state), *Prefilled(**told)),)
 
 
-def _all_tokens(plan: Plan, scores: Scores) -> tuple[LayerCandidates, ...]:
+def _all_tokens(plan: GraphPlan, scores: Scores) -> tuple[LayerCandidates, ...]:
     sites = zip(plan.sites, scores.score, scores.tier, strict=True)
-    return tuple(LayerCandidates(site.key.node, site.value.node, score, tier, scores.roles) for site, score, tier in sites)
+    return tuple(
+        LayerCandidates(site.key.node, site.value.node, score, tier, scores.token_types) for site, score, tier in sites
+    )
 
 
 class _Caller:

@@ -7,11 +7,11 @@ from torch.fx import Node
 from tgvkv_compile.fx.insert import insert_call, insert_item, insert_placeholder
 from tgvkv_compile.fx.meta import output_nodes
 from tgvkv_compile.ops.continue_step import advance_lengths
-from tgvkv_compile.ops.fixed_decode import fixed_decode_step, stack_layers
-from tgvkv_compile.ops.fixed_shapes import PackedLayer
 from tgvkv_compile.ops.packing import by_layer
+from tgvkv_compile.ops.static_decode import stack_layers, static_decode_step
+from tgvkv_compile.ops.static_shapes import PackedLayer
 from tgvkv_compile.passes.cached import drop_pasts, past_inputs
-from tgvkv_compile.passes.rewrite import FixedDecode, Rewrite
+from tgvkv_compile.passes.rewrite import Rewrite, StaticDecode
 
 
 def insert_fixed_decode(rewrite: Rewrite) -> None:
@@ -27,7 +27,7 @@ def insert_fixed_decode(rewrite: Rewrite) -> None:
     After::
 
         %key_l, %value_l, %slot_position_l, ..., %protect_from, %keep_rate, %lengths = placeholders
-        %tgvkv_step_l : Stepped      = fixed_decode_step(%q_l, %k_l, %v_l, %key_l, %value_l, %slot_position_l, ...)
+        %tgvkv_step_l : Stepped      = static_decode_step(%q_l, %k_l, %v_l, %key_l, %value_l, %slot_position_l, ...)
         %out_l        : [B, H, 1, D] = %tgvkv_step_l.output
         return (%logits, key_0, value_0, slot_position_0, ..., protect_from, advance_lengths(%lengths))
 
@@ -36,7 +36,7 @@ def insert_fixed_decode(rewrite: Rewrite) -> None:
     """
     gm, plan, config = rewrite.gm, rewrite.plan, rewrite.config
     logits = output_nodes(gm)[0]
-    inputs = {name: insert_placeholder(gm, name, value) for name, value in rewrite.get(FixedDecode).state.items()}
+    inputs = {name: insert_placeholder(gm, name, value) for name, value in rewrite.get(StaticDecode).state.items()}
     protect, rate, lengths = inputs["protect_from"], inputs["keep_rate"], inputs["lengths"]
     returned: list[Node] = [logits]
     protected = []
@@ -47,7 +47,7 @@ def insert_fixed_decode(rewrite: Rewrite) -> None:
             own: Any = [insert_item(gm, column, layer, name=f"tgvkv_{value.name}_{layer}") for value, column in columns]
             step = insert_call(
                 gm,
-                fixed_decode_step,
+                static_decode_step,
                 site.query,
                 site.key.new,
                 site.value.new,

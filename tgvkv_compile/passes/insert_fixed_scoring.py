@@ -3,9 +3,9 @@
 import dataclasses
 
 from tgvkv_compile.fx.insert import insert_call, insert_item
-from tgvkv_compile.ops.fixed_prefill import attend_and_score, roles_from_mask
+from tgvkv_compile.ops.static_prefill import attend_and_score, token_types_from_mask
 from tgvkv_compile.passes.inserted import Scores
-from tgvkv_compile.passes.rewrite import FixedPrefill, Rewrite
+from tgvkv_compile.passes.rewrite import Rewrite, StaticPrefill
 
 
 def insert_fixed_scoring(rewrite: Rewrite) -> None:
@@ -17,19 +17,21 @@ def insert_fixed_scoring(rewrite: Rewrite) -> None:
 
     After::
 
-        %tgvkv_roles    : Roles  = roles_from_mask((%modality_mask,), %attention_mask)
-        %tgvkv_scored_l : Scored = attend_and_score(%q_l, %keys_l, %values_l, %tgvkv_roles, scale, blocks, question_rows)
+        %tgvkv_types    : TokenTypes = token_types_from_mask((%modality_mask,), %attention_mask)
+        %tgvkv_scored_l : Scored = attend_and_score(%q_l, %keys_l, %values_l, %tgvkv_types, scale, blocks, question_rows)
         %out_l          : [B, H, N, D] = %tgvkv_scored_l.output
 
     Requires: a prefill plan whose masks are causal among valid tokens: they are not read any more. Ensures: no node holds
     `[.., N, N]`, and none has a shape that depends on data; no site
     has a mask.
     """
-    gm, plan, config, sizes = rewrite.gm, rewrite.plan, rewrite.config, rewrite.get(FixedPrefill)
+    gm, plan, config, sizes = rewrite.gm, rewrite.plan, rewrite.config, rewrite.get(StaticPrefill)
     assert plan.modality is not None
     masses, scores, tiers = [], [], []
     with gm.graph.inserting_before(plan.sites[0].node):
-        roles = insert_call(gm, roles_from_mask, tuple(plan.modality.masks), sizes.attention_mask, name="tgvkv_roles")
+        token_types = insert_call(
+            gm, token_types_from_mask, tuple(plan.modality.masks), sizes.attention_mask, name="tgvkv_types"
+        )
     for layer, site in enumerate(plan.sites):
         with gm.graph.inserting_before(site.node):
             scored = insert_call(
@@ -38,7 +40,7 @@ def insert_fixed_scoring(rewrite: Rewrite) -> None:
                 site.query,
                 site.key.node,
                 site.value.node,
-                roles,
+                token_types,
                 site.scale,
                 sizes.blocks,
                 sizes.question_rows,
@@ -52,4 +54,4 @@ def insert_fixed_scoring(rewrite: Rewrite) -> None:
             tiers.append(insert_item(gm, scored, "tier", name=f"tgvkv_tier_{layer}"))
         site.node.replace_all_uses_with(out)
     rewrite.plan = dataclasses.replace(plan, sites=tuple(dataclasses.replace(site, mask=None) for site in plan.sites))
-    rewrite.leave(Scores(roles, sizes.attention_mask, tuple(masses), tuple(scores), tuple(tiers)))
+    rewrite.leave(Scores(token_types, sizes.attention_mask, tuple(masses), tuple(scores), tuple(tiers)))

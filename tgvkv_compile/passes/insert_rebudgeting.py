@@ -6,10 +6,10 @@ from torch.fx import Node
 
 from tgvkv_compile.fx.insert import insert_call, insert_item
 from tgvkv_compile.fx.meta import output_nodes
+from tgvkv_compile.ops.later_turns import allocate_again, extend_history
 from tgvkv_compile.ops.packing import allocated_by, by_layer, protected_from
-from tgvkv_compile.ops.retention import retain
+from tgvkv_compile.ops.selection import select_tokens
 from tgvkv_compile.ops.state import Choice, Reselected
-from tgvkv_compile.ops.turns import allocate_again, extend_history
 from tgvkv_compile.passes.cached import drop_pasts
 from tgvkv_compile.passes.insert_scoring import rank_layers
 from tgvkv_compile.passes.inserted import Candidates
@@ -27,11 +27,11 @@ def insert_rebudgeting(rewrite: Rewrite) -> None:
 
     After::
 
-        %tgvkv_ranks_l   : TokenRanks     = rank_tokens(%q_l, %tgvkv_keys_l, %tgvkv_roles_l, %tgvkv_mask_l, ...)
-        %tgvkv_budgets   : Allocation     = allocate_again((%tgvkv_mass_0, ...), (%tgvkv_roles_0, ...), %tgvkv_history, ...)
-        %tgvkv_keep_l    : b8[B, W_l+Q]   = retain(%tgvkv_score_l, %tgvkv_tier_l, %tgvkv_roles_l, kept[:, l])
-        %tgvkv_at_l      : i64[B, W_l+Q]  = %tgvkv_roles_l.positions
-        %tgvkv_protected : i64[B, L]      = protected_from((%tgvkv_keep_0, ...), (%tgvkv_roles_0, ...))
+        %tgvkv_ranks_l   : TokenRanks     = rank_tokens(%q_l, %tgvkv_keys_l, %tgvkv_types_l, %tgvkv_mask_l, ...)
+        %tgvkv_budgets   : Allocation     = allocate_again((%tgvkv_mass_0, ...), (%tgvkv_types_0, ...), %tgvkv_history, ...)
+        %tgvkv_keep_l    : b8[B, W_l+Q]   = select_tokens(%tgvkv_score_l, %tgvkv_tier_l, %tgvkv_types_l, kept[:, l])
+        %tgvkv_at_l      : i64[B, W_l+Q]  = %tgvkv_types_l.positions
+        %tgvkv_protected : i64[B, L]      = protected_from((%tgvkv_keep_0, ...), (%tgvkv_types_0, ...))
         %tgvkv_seen      : b8[B, P+Q]     = extend_history(%tgvkv_history, %tgvkv_new)
         return (%tgvkv_keys_0, %tgvkv_values_0, ..., %logits, <Choice of layer 0>, ..., <Reselected>)
 
@@ -41,8 +41,8 @@ def insert_rebudgeting(rewrite: Rewrite) -> None:
     """
     gm, config, candidates = rewrite.gm, rewrite.config, rewrite.get(Candidates)
     options = config.constants()
-    roles = candidates.roles
-    masses, scores, tiers = rank_layers(rewrite, roles)
+    token_types = candidates.token_types
+    masses, scores, tiers = rank_layers(rewrite, token_types)
     outputs = output_nodes(gm)
     keeps: list[Node] = []
     choices: list[Any] = []
@@ -50,22 +50,22 @@ def insert_rebudgeting(rewrite: Rewrite) -> None:
         shared = (candidates.history, candidates.new, candidates.keep_rate)
         function = allocated_by(allocate_again, config.budgeting)
         with told("budgeting", config.budgeting):
-            budgets = insert_call(gm, function, masses, roles, *shared, name="tgvkv_budgets", **options)
+            budgets = insert_call(gm, function, masses, token_types, *shared, name="tgvkv_budgets", **options)
         kept = insert_item(gm, budgets, "kept", name="tgvkv_kept")
         rate = insert_item(gm, budgets, "rate", name="tgvkv_rate")
         counts = insert_call(gm, by_layer, kept, name="tgvkv_counts")
         for layer, score in enumerate(scores):
             count = insert_item(gm, counts, layer, name=f"tgvkv_kept_{layer}")
-            ranked = (score, tiers[layer], roles[layer], count)
-            keep = insert_call(gm, retain, *ranked, name=f"tgvkv_keep_{layer}", sink_tokens=config.sink_tokens)
+            ranked = (score, tiers[layer], token_types[layer], count)
+            keep = insert_call(gm, select_tokens, *ranked, name=f"tgvkv_keep_{layer}", sink_tokens=config.sink_tokens)
             keeps.append(keep)
             choice: dict[str, Any] = {"keep": keep}
-            choice["positions"] = insert_item(gm, roles[layer], "positions", name=f"tgvkv_at_{layer}")
+            choice["positions"] = insert_item(gm, token_types[layer], "positions", name=f"tgvkv_at_{layer}")
             choices += Choice(**choice)
         decided: dict[str, Any] = {
             "kept": kept,
             "keep_rate": rate,
-            "protect_from": insert_call(gm, protected_from, tuple(keeps), roles, name="tgvkv_protected"),
+            "protect_from": insert_call(gm, protected_from, tuple(keeps), token_types, name="tgvkv_protected"),
             "lengths": insert_item(gm, candidates.new, "lengths", name="tgvkv_lengths_next"),
             "valid": insert_item(gm, candidates.new, "valid", name="tgvkv_valid"),
             "history": insert_call(gm, extend_history, candidates.history, candidates.new, name="tgvkv_seen"),

@@ -8,14 +8,14 @@ from tgvkv_compile.fx.insert import insert_call, insert_item
 from tgvkv_compile.ops.graph_masks import valid_columns, vision_positions
 from tgvkv_compile.ops.policy.named import LAYERS_ALIKE
 from tgvkv_compile.ops.policy.rank import TokenRanks, rank_tokens, ranked_by
-from tgvkv_compile.ops.roles import token_roles
+from tgvkv_compile.ops.token_types import classify_tokens
 from tgvkv_compile.passes.inserted import Scores
 from tgvkv_compile.passes.rewrite import Rewrite
 from tgvkv_compile.passes.told import told
 
 
 def insert_scoring(rewrite: Rewrite) -> None:
-    """Adds the roles of the prompt's tokens, and the scores of every layer beside its attention.
+    """Adds the token types of the prompt's tokens, and the scores of every layer beside its attention.
 
     Before::
 
@@ -25,9 +25,9 @@ def insert_scoring(rewrite: Rewrite) -> None:
 
         %tgvkv_vision : b8[B, N] = vision_positions((%mask,))
         %tgvkv_valid  : b8[B, N] = valid_columns(%attn_mask, %q_0)          # only where attention has a mask
-        %tgvkv_roles  : Roles    = token_roles(%tgvkv_vision, %tgvkv_valid)
+        %tgvkv_types  : TokenTypes = classify_tokens(%tgvkv_vision, %tgvkv_valid)
         %out_l, %lse_l = scaled_dot_product_attention_with_lse(%q_l, %keys_l, ...)
-        %tgvkv_ranks_l : TokenRanks = rank_tokens(%q_l, %keys_l, %tgvkv_roles, %attn_mask, ..., %lse_l, ranking=...)
+        %tgvkv_ranks_l : TokenRanks = rank_tokens(%q_l, %keys_l, %tgvkv_types, %attn_mask, ..., %lse_l, ranking=...)
         %tgvkv_mass_l  : f32[B]     = %tgvkv_ranks_l.mass      # and %tgvkv_score_l : f32[B, N], %tgvkv_tier_l : i64[B, N]
 
     Where heads are split over ranks it is `rank_tokens(..., group=...)`, which averages over the ranks what is
@@ -41,19 +41,19 @@ def insert_scoring(rewrite: Rewrite) -> None:
     attention = first.node.args[0]  # `normalise_attention` made the site an item of it
     assert isinstance(attention, Node)
     with gm.graph.inserting_before(attention):
-        roles, valid = insert_roles(rewrite, first.query)
-    rewrite.leave(Scores(roles, valid, *rank_layers(rewrite, (roles,) * plan.num_layers)))
+        token_types, valid = insert_token_types(rewrite, first.query)
+    rewrite.leave(Scores(token_types, valid, *rank_layers(rewrite, (token_types,) * plan.num_layers)))
 
 
-def insert_roles(rewrite: Rewrite, like: Node) -> tuple[Node, Node | None]:
-    """Adds the roles of a prompt's tokens, at the place where the graph inserts now.
+def insert_token_types(rewrite: Rewrite, like: Node) -> tuple[Node, Node | None]:
+    """Adds the token types of a prompt's tokens, at the place where the graph inserts now.
 
     Args:
         rewrite: The graph of a prefill.
         like: A node whose value has the batch in its first dimension.
 
     Returns:
-        `(roles, valid)`: `Roles`, and b8[B, N], None where nothing is masked.
+        `(token_types, valid)`: `TokenTypes`, and b8[B, N], None where nothing is masked.
     """
     gm, plan = rewrite.gm, rewrite.plan
     assert plan.modality is not None
@@ -61,15 +61,15 @@ def insert_roles(rewrite: Rewrite, like: Node) -> tuple[Node, Node | None]:
     vision = insert_call(gm, vision_positions, tuple(plan.modality.masks), name="tgvkv_vision")
     if mask is not None:
         valid = insert_call(gm, valid_columns, mask, like, name="tgvkv_valid")
-    return insert_call(gm, token_roles, vision, valid, name="tgvkv_roles"), valid
+    return insert_call(gm, classify_tokens, vision, valid, name="tgvkv_types"), valid
 
 
-def rank_layers(rewrite: Rewrite, roles: tuple[Node, ...]) -> tuple[tuple[Node, ...], tuple[Node, ...], tuple[Node, ...]]:
+def rank_layers(rewrite: Rewrite, token_types: tuple[Node, ...]) -> tuple[tuple[Node, ...], tuple[Node, ...], tuple[Node, ...]]:
     """Adds the ranking beside the attention of every layer.
 
     Args:
         rewrite: The graph, attention normalised.
-        roles: Of the columns of each layer's keys.
+        token_types: Of the columns of each layer's keys.
 
     Returns:
         `(mass, score, tier)` per layer: `f32[B]`, `f32[B, S]`, `i64[B, S]`.
@@ -83,7 +83,7 @@ def rank_layers(rewrite: Rewrite, roles: tuple[Node, ...]) -> tuple[tuple[Node, 
         options["group"] = plan.tensor_parallel.group
     found = []
     for layer, site in enumerate(plan.sites):
-        given = (site.query, site.key.node, site.mask, site.lse, roles[layer])
+        given = (site.query, site.key.node, site.mask, site.lse, token_types[layer])
         number = {} if config.ranking in LAYERS_ALIKE else {"layer": layer}
         with gm.graph.inserting_after(site.lse or site.node), told("ranking", config.ranking, given):
             ranks = insert_call(
@@ -91,7 +91,7 @@ def rank_layers(rewrite: Rewrite, roles: tuple[Node, ...]) -> tuple[tuple[Node, 
                 function,
                 site.query,
                 site.key.node,
-                roles[layer],
+                token_types[layer],
                 site.mask,
                 site.is_causal,
                 site.scale,

@@ -10,8 +10,8 @@ from torch.fx import Node
 from tgvkv_compile.fx.insert import insert_call, insert_placeholder
 from tgvkv_compile.fx.meta import fake_tensor, output_nodes
 from tgvkv_compile.ops.graph_masks import vision_positions
+from tgvkv_compile.ops.later_turns import candidate_mask, candidate_token_types, join_candidates, turn_token_types
 from tgvkv_compile.ops.state import Survivors
-from tgvkv_compile.ops.turns import candidate_mask, candidate_roles, join_candidates, turn_roles
 from tgvkv_compile.passes.cached import past_inputs
 from tgvkv_compile.passes.inserted import Candidates
 from tgvkv_compile.passes.rewrite import ArenaSizes, Rewrite
@@ -42,14 +42,14 @@ def insert_survivors(rewrite: Rewrite) -> None:
         %tgvkv_keep_rate : f32[B, L]           = placeholder
         %tgvkv_key_l     : [B, Hkv, W_l, D]    = placeholder                           # and %tgvkv_value_l
         %tgvkv_positions_l : i64[B, W_l]       = placeholder                           # -1 where empty
-        %tgvkv_new       : Roles               = turn_roles(%vision, %mask, %tgvkv_lengths)
-        %tgvkv_roles_l   : Roles               = candidate_roles(%tgvkv_history, %tgvkv_positions_l, %tgvkv_new)
+        %tgvkv_new       : TokenTypes          = turn_token_types(%vision, %mask, %tgvkv_lengths)
+        %tgvkv_types_l   : TokenTypes          = candidate_token_types(%tgvkv_history, %tgvkv_positions_l, %tgvkv_new)
         %tgvkv_mask_l    : b8[B, 1, Q, W_l+Q]  = candidate_mask(%mask, %tgvkv_positions_l, %vision)
         %tgvkv_keys_l    : [B, Hkv, W_l+Q, D]  = join_candidates(%tgvkv_key_l, %k_l)   # and %tgvkv_values_l
         %out_l : as before                                                             # on the handles still
         return (%tgvkv_keys_0, %tgvkv_values_0, ..., %logits)
 
-    Requires: a plan of a turn with new vision. Ensures: the sites of the plan are on the candidates, so that
+    Requires: a plan of a later turn with new vision. Ensures: the sites of the plan are on the candidates, so that
     `normalise_attention` attends to them; no handle is an output any more.
     """
     pasts = past_inputs(rewrite.plan)
@@ -82,12 +82,12 @@ def insert_candidates(
     outputs = output_nodes(gm)
     with gm.graph.inserting_before(plan.sites[0].node):
         vision = insert_call(gm, vision_positions, tuple(plan.modality.masks), name="tgvkv_vision")
-        new = insert_call(gm, turn_roles, vision, plan.sites[0].mask, lengths, name="tgvkv_new")
-    roles: list[Node] = []
+        new = insert_call(gm, turn_token_types, vision, plan.sites[0].mask, lengths, name="tgvkv_new")
+    token_types: list[Node] = []
     sites: list[AttentionSite] = []
     for layer, (site, own) in enumerate(zip(plan.sites, held, strict=True)):
         with gm.graph.inserting_before(site.node):
-            roles.append(insert_call(gm, candidate_roles, history, own.positions, new, name=f"tgvkv_roles_{layer}"))
+            token_types.append(insert_call(gm, candidate_token_types, history, own.positions, new, name=f"tgvkv_types_{layer}"))
             mask = insert_call(gm, candidate_mask, site.mask, own.positions, vision, name=f"tgvkv_mask_{layer}")
             keys = insert_call(gm, join_candidates, own.key, site.key.new, name=f"tgvkv_keys_{layer}")
             values = insert_call(gm, join_candidates, own.value, site.value.new, name=f"tgvkv_values_{layer}")
@@ -99,7 +99,7 @@ def insert_candidates(
         sites.append(dataclasses.replace(site, key=joined[0], value=joined[1], mask=mask, is_causal=False))
     gm.graph.output_node().args = (tuple(outputs),)
     rewrite.plan = dataclasses.replace(plan, sites=tuple(sites))
-    rewrite.leave(Candidates(new, tuple(roles), history, keep_rate, pasts))
+    rewrite.leave(Candidates(new, tuple(token_types), history, keep_rate, pasts))
 
 
 def _insert_shared(rewrite: Rewrite) -> list[Node]:

@@ -1,9 +1,9 @@
-"""Insert the whole past: a first turn with vision on a cache that holds text turns, all of them uncompressed."""
+"""Insert the whole past: the first later turn with vision on a cache that holds text, all of it uncompressed."""
 
 from torch.fx import Node
 
 from tgvkv_compile.fx.insert import insert_call, insert_item
-from tgvkv_compile.ops.turns import WholePast, whole_past, whole_rate
+from tgvkv_compile.ops.later_turns import WholePast, whole_past, whole_rate
 from tgvkv_compile.passes.insert_survivors import Held, insert_candidates
 from tgvkv_compile.passes.rewrite import Rewrite
 
@@ -23,7 +23,7 @@ def insert_whole_past(rewrite: Rewrite) -> None:
         %tgvkv_keep_rate : f32[B, L] = whole_rate(%past_keys_0, L)
         ...                                                            # as after `insert_survivors`, with W_l = S
 
-    Requires: a plan of a turn with new vision on an uncompressed cache. Ensures: what `insert_survivors` does.
+    Requires: a plan of a later turn with new vision on an uncompressed cache. Ensures: what `insert_survivors` does.
     """
     gm, plan = rewrite.gm, rewrite.plan
     held: list[tuple[Node, Node]] = []

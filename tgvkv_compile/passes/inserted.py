@@ -7,9 +7,9 @@ from torch.fx import Node
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """From `insert_scoring`: `roles`, `valid` (None where nothing is padded), and per layer `mass`, `score` and `tier`."""
+    """From `insert_scoring`: `token_types`, `valid` (None where nothing is padded); per layer `mass`, `score` and `tier`."""
 
-    roles: Node
+    token_types: Node
     valid: Node | None
     mass: tuple[Node, ...]
     score: tuple[Node, ...]
@@ -18,13 +18,13 @@ class Scores:
 
 @dataclasses.dataclass(frozen=True)
 class LayerCandidates:
-    """What eviction chooses from in one layer: `key`, `value`, `score`, `tier` and `roles`."""
+    """What eviction chooses from in one layer: `key`, `value`, `score`, `tier` and `token_types`."""
 
     key: Node
     value: Node
     score: Node
     tier: Node
-    roles: Node
+    token_types: Node
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,18 +36,18 @@ class CappedLayers:
 
 @dataclasses.dataclass(frozen=True)
 class Candidates:
-    """From `insert_survivors` or `insert_whole_past`: what a turn with new vision chooses from.
+    """From `insert_survivors` or `insert_whole_past`: what a later turn with new vision chooses from.
 
     Attributes:
-        new: `Roles` of the new tokens.
-        roles: `Roles` of each layer's candidates: its survivors, then the new tokens.
+        new: `TokenTypes` of the new tokens.
+        token_types: `TokenTypes` of each layer's candidates: its survivors, then the new tokens.
         history: b8[B, P], which positions before this turn are vision.
         keep_rate: f32[B, L], before this turn.
         pasts: The inputs that held the past, which nothing reads once attention is normalised.
     """
 
     new: Node
-    roles: tuple[Node, ...]
+    token_types: tuple[Node, ...]
     history: Node
     keep_rate: Node
     pasts: tuple[Node, ...]

@@ -5,7 +5,7 @@ from torch.fx import Node
 
 from tgvkv_compile.fx.meta import fake_tensor, same_size, source_line
 from tgvkv_compile.fx.targets import target_name
-from tgvkv_compile.plan import AttentionSite, KVAppend, Miss, ModalityMask, Plan, TensorParallel
+from tgvkv_compile.plan import AttentionSite, GraphPlan, KVAppend, Miss, ModalityMask, TensorParallel
 
 UNSEEN = "where vision stands in the prompt cannot be seen"
 """The `reason` of a plan for embeddings that nothing is known of."""
@@ -22,7 +22,7 @@ def plan_graph(
     compressed: frozenset[str],
     embedding: Node | None,
     tensor_parallel: TensorParallel | None = None,
-) -> Plan:
+) -> GraphPlan:
     """Decides between prefill, early or late, decode, the two continuations and dense.
 
     ================  ==========================  =================  ===================
@@ -58,21 +58,21 @@ def plan_graph(
         says why; a dense graph without misses is not ours to change.
     """
     if enclosed:
-        return Plan("dense", "the decoder cannot be rewritten", misses=enclosed)
+        return GraphPlan("dense", "the decoder cannot be rewritten", misses=enclosed)
     crossing = _crossing(appends)
     if crossing:
-        return Plan("dense", "vision is attended to across, not among the decoder's own tokens", misses=crossing)
+        return GraphPlan("dense", "vision is attended to across, not among the decoder's own tokens", misses=crossing)
     pasts = {append.past.name for append in appends if append.past is not None}
     handles = pasts & compressed
     unseen = not compressed and modality is None and embedding is None
     if unseen and appends and not pasts:
-        return Plan("dense", UNSEEN, misses=(_at(appends[0], _EMBEDDINGS),))
+        return GraphPlan("dense", UNSEEN, misses=(_at(appends[0], _EMBEDDINGS),))
     if not compressed and modality is None:
         what = "no KV append in the graph" if not appends else "text-only prompt or uncompressed cache, nothing to evict"
-        return Plan("dense", what, sites)
+        return GraphPlan("dense", what, sites)
     if modality is not None and not appends and not misses and not compressed:
         why = "vision is merged, but the graph keeps no KV (use_cache=False, or another graph holds the decoder)"
-        return Plan("dense", why, modality=modality)
+        return GraphPlan("dense", why, modality=modality)
     problems = [*misses, *_disagreements(sites)]
     if not problems and not sites and appends:
         problems.append(_at(appends[0], "no attention reads this KV append"))
@@ -84,20 +84,20 @@ def plan_graph(
     if handles and pasts != handles:
         problems.append(_at(appends[0], "some layers of the cache are compressed and some are not"))
     if problems:
-        return Plan("dense", "the decoder cannot be rewritten", sites, modality, tuple(problems))
+        return GraphPlan("dense", "the decoder cannot be rewritten", sites, modality, tuple(problems))
     split = f"; heads are split over process group {tensor_parallel.group!r}" if tensor_parallel is not None else ""
     if modality is not None and pasts and not handles:
         reason = "vision tokens merged, uncompressed cache in use" + split
-        return Plan("late_prefill", reason, sites, modality, tensor_parallel=tensor_parallel)
+        return GraphPlan("late_prefill", reason, sites, modality, tensor_parallel=tensor_parallel)
     if modality is not None and pasts:
         reason = "vision tokens merged, compressed cache" + split
-        return Plan("vision_continuation", reason, sites, modality, tensor_parallel=tensor_parallel)
+        return GraphPlan("vision_continuation", reason, sites, modality, tensor_parallel=tensor_parallel)
     if modality is not None:
         reason = "vision tokens merged, empty cache" + split
-        return Plan("prefill", reason, sites, modality, tensor_parallel=tensor_parallel)
+        return GraphPlan("prefill", reason, sites, modality, tensor_parallel=tensor_parallel)
     if fake_tensor(sites[0].query).shape[2] == 1:
-        return Plan("decode", "one query on a compressed cache" + split, sites, tensor_parallel=tensor_parallel)
-    return Plan("continuation", "several queries on a compressed cache" + split, sites, tensor_parallel=tensor_parallel)
+        return GraphPlan("decode", "one query on a compressed cache" + split, sites, tensor_parallel=tensor_parallel)
+    return GraphPlan("continuation", "several queries on a compressed cache" + split, sites, tensor_parallel=tensor_parallel)
 
 
 def _at(append: KVAppend, reason: str) -> Miss:

@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.errors import InternalError
 from tgvkv_compile.fx.environment import Environment
-from tgvkv_compile.plan import Plan
+from tgvkv_compile.plan import GraphPlan
 
 Record = TypeVar("Record")
 
@@ -31,7 +31,7 @@ class Rewrite:
 
     gm: GraphModule
     environment: Environment
-    plan: Plan
+    plan: GraphPlan
     config: EvictionConfig
     _records: dict[type, object] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
@@ -88,7 +88,7 @@ class ArenaSizes:
 
 
 @dataclasses.dataclass(frozen=True)
-class FixedPrefill:
+class StaticPrefill:
     """What an exported prefill is rewritten for.
 
     Attributes:
@@ -107,7 +107,7 @@ class FixedPrefill:
 
 
 @dataclasses.dataclass(frozen=True)
-class FixedDecode:
+class StaticDecode:
     """What an exported decode step is rewritten for.
 
     Attributes:

@@ -140,7 +140,7 @@ class TensorParallel:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class GraphPlan:
     """What is to be done with one graph.
 
     Attributes:
@@ -149,7 +149,7 @@ class Plan:
             past) or `dense` (not ours: left as it is).
         reason: Why, in one sentence.
         sites: The attention sites in layer order.
-        modality: The modality mask of a prefill or of a turn with new vision.
+        modality: The modality mask of a prefill or of a later turn with new vision.
         misses: Why a graph that holds a decoder cannot be rewritten; then `kind` is `dense`.
         tensor_parallel: How heads are split over processes, or None.
         additions: Where layers add vision features to hidden states, in exported graphs.

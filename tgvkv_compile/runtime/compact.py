@@ -49,7 +49,7 @@ def select_candidates(
     reserve: int,
     config: EvictionConfig,
 ) -> CompactState:
-    """Packs the candidates that a turn with new vision keeps; the arguments are those of `CompactCache.reselect`."""
+    """Packs the candidates that a later turn with new vision keeps; the arguments are those of `CompactCache.reselect`."""
     kept, rate, lengths = decided.kept, decided.keep_rate, decided.lengths
     capacity = segment_capacity(kept, rate, lengths, reserve, config=config)
     start = capacity.cumsum(1) - capacity
@@ -162,7 +162,7 @@ class CompactCache:
         self.steps += 1
 
     def candidates(self) -> list[Tensor]:
-        """Inputs of a turn with new vision: `history [B, logical length]`, `lengths`, `keep_rate`, each layer's `Survivors`."""
+        """Inputs of a later turn with vision: `history [B, logical length]`, `lengths`, `keep_rate`, layers' `Survivors`."""
         state = self.state
         unseen = self.history.new_zeros((self.batch, self.logical_length - self.history.shape[1]))
         history = torch.cat([self.history, unseen], dim=1)
@@ -172,7 +172,7 @@ class CompactCache:
     def reselect(
         self, tokens: int, kv: Sequence[tuple[Tensor, Tensor]], choices: Sequence[Choice], decided: Reselected
     ) -> None:
-        """Packs what a turn with new vision keeps into a new arena.
+        """Packs what a later turn with new vision keeps into a new arena.
 
         Args:
             tokens: Q, padding counted.

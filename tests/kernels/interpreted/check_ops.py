@@ -43,7 +43,7 @@ def test_weigh(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefill, "fused_weigh", lambda *args: called.append(1) or fused(*args))
     layer = make_layer(batch=2, heads=4, kv_heads=2, length=30, dim=64, mask=mask)
     lse = torch.rand(2, 4, 30) + 3.0
-    library.opcheck(torch.ops.tgvkv.weigh.default, (layer.weights(), layer.roles.vision, *layer.rows(lse)))
+    library.opcheck(torch.ops.tgvkv.weigh.default, (layer.weights(), layer.token_types.vision, *layer.rows(lse)))
     assert called
 
 

@@ -57,7 +57,7 @@ def test_a_turn_has_fewer_rows_than_columns() -> None:
     whole = layer.rows(exact_scores(layer)[0].float())
     rows = slice(60, None)
     part = whole._replace(q=whole.q[:, :, rows], attn_mask=layer.attn_mask[:, :, rows], lse=whole.lse[:, :, rows])
-    plain, fused = (scores(weigh, part, layer.roles) for weigh in (unfused_weigh, fused_weigh))
+    plain, fused = (scores(weigh, part, layer.token_types) for weigh in (unfused_weigh, fused_weigh))
     torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)
 
 
@@ -65,7 +65,7 @@ def test_blocks_without_a_wanted_column_are_zero_and_rows_may_be_shared_out(monk
     monkeypatch.setattr(kernels, "processors", lambda device: 132)
     layer = make_layer(heads=2, kv_heads=1, length=600, dim=64)
     rows = layer.rows(exact_scores(layer)[0].float())
-    assert kernels.plan_weighing(1, 2, 600, 64, torch.float32, 132).parts > 1
+    assert kernels.weigh_launch(1, 2, 600, 64, torch.float32, 132).parts > 1
     wanted = torch.zeros(1, 600, dtype=torch.bool)
     wanted[:, 400:403] = True
     weights = torch.ones(1, 2, 600) * torch.tensor([1.0, 0.5])[:, None]

@@ -23,7 +23,7 @@ Sample = tuple[list[float], list[int]]
 
 def attention_of(layer: Layer, sample: int) -> list[list[float]]:
     """Causal head-mean attention of the valid tokens, in float64."""
-    valid = layer.roles.valid[sample]
+    valid = layer.token_types.valid[sample]
     q, k = layer.q[sample, :, valid].double(), layer.k[sample, :, valid].double()
     k = k.repeat_interleave(q.shape[0] // k.shape[0], dim=0)
     rows = []
@@ -50,19 +50,19 @@ def h2o_in_words(layer: Layer, sample: int) -> Sample:
 
 
 def streaming_in_words(layer: Layer, sample: int) -> Sample:
-    count = int(layer.roles.valid[sample].sum())
+    count = int(layer.token_types.valid[sample].sum())
     return [float(s + 1) for s in range(count)], [0] * count
 
 
 def knorm_in_words(layer: Layer, sample: int) -> Sample:
-    k = layer.k[sample, :, layer.roles.valid[sample]].double()
+    k = layer.k[sample, :, layer.token_types.valid[sample]].double()
     norms = [sum(math.sqrt(sum(x * x for x in head[s].tolist())) for head in k) / len(k) for s in range(k.shape[1])]
     return [1 / (1 + norm) for norm in norms], [0] * len(norms)
 
 
 def random_in_words(layer: Layer, sample: int) -> Sample:
     scores = []
-    for position in range(int(layer.roles.valid[sample].sum())):
+    for position in range(int(layer.token_types.valid[sample].sum())):
         state = (position + 2) * 69621 + 39373
         for _ in range(4):
             state = (state % (2**31 - 1)) * 48271 % (2**31 - 1)
@@ -81,7 +81,7 @@ IN_WORDS: dict[str, Callable[[Layer, int], Sample]] = {
 
 
 def ranked(prompt: Layer, ranking: Any, *, known: bool = False, **options: Any) -> TokenRanks:
-    args = (prompt.q, prompt.k, prompt.roles, prompt.attn_mask, prompt.is_causal, prompt.scale)
+    args = (prompt.q, prompt.k, prompt.token_types, prompt.attn_mask, prompt.is_causal, prompt.scale)
     lse = None
     if known:
         _, lse = scaled_dot_product_attention_with_lse(
@@ -120,7 +120,7 @@ def test_a_ranking_is_its_formula(length: int, padding: int, known: bool, seed: 
     assert (ranks.score.dtype, ranks.tier.dtype, ranks.mass.dtype) == (torch.float32, torch.int64, torch.float32)
     assert bool((ranks.score >= 0).all()) and bool((ranks.mass == 0).all())
     for sample in range(2):
-        valid = layer.roles.valid[sample]
+        valid = layer.token_types.valid[sample]
         score, tier = IN_WORDS[name](layer, sample)
         torch.testing.assert_close(ranks.score[sample, valid], torch.tensor(score, dtype=torch.float32), rtol=1e-5, atol=1e-6)
         assert ranks.tier[sample, valid].tolist() == tier
@@ -131,8 +131,8 @@ def test_a_ranking_is_its_formula(length: int, padding: int, known: bool, seed: 
 def test_all_text_stays_where_the_budget_is_of_vision(name: str) -> None:
     layer = make_layer(length=50)
     tier = ranked(layer, name, budget_of="vision").tier
-    assert bool((tier[layer.roles.valid & ~layer.roles.vision] == 2).all())
-    assert int(tier[layer.roles.vision].max()) < 2
+    assert bool((tier[layer.token_types.valid & ~layer.token_types.vision] == 2).all())
+    assert int(tier[layer.token_types.vision].max()) < 2
 
 
 def test_random_differs_between_layers_and_seeds_and_nothing_else() -> None:

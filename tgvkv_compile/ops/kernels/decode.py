@@ -24,7 +24,7 @@ def next_power(number: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class DecodePlan:
+class DecodeLaunch:
     """How a step of these shapes is launched; lengths play no part.
 
     Attributes:
@@ -46,7 +46,9 @@ class DecodePlan:
     warps: int
 
 
-def plan_decode(batch: int, heads: int, kv_heads: int, slots: int, dim: int, dtype: torch.dtype, processors: int) -> DecodePlan:
+def decode_launch(
+    batch: int, heads: int, kv_heads: int, slots: int, dim: int, dtype: torch.dtype, processors: int
+) -> DecodeLaunch:
     """The launch of a step on a device with so many multiprocessors.
 
     There are about four programs per multiprocessor: what one waits for, the others hide.
@@ -61,7 +63,7 @@ def plan_decode(batch: int, heads: int, kv_heads: int, slots: int, dim: int, dty
     wanted = next_power(-(-4 * processors // (batch * kv_heads)))
     splits = max(1, min(64, wanted, next_power(-(-slots // block))))
     programs = max(1, min(64, max(8, next_power(-(-2 * processors // batch))), next_power(-(-slots // _FINISH_BLOCK))))
-    return DecodePlan(padded, rows, block, splits, programs, min(16, next_power(heads)), 4 if halves or group == 1 else 8)
+    return DecodeLaunch(padded, rows, block, splits, programs, min(16, next_power(heads)), 4 if halves or group == 1 else 8)
 
 
 def fused_applies(query: Tensor, key_arena: Tensor, value_arena: Tensor) -> bool:
@@ -103,7 +105,7 @@ def fused_decode_step(
     batch, heads, _, dim = query.shape
     kv_heads, slots = state.key_arena.shape[1:3]
     layers = state.segment_start.shape[1]
-    plan = plan_decode(batch, heads, kv_heads, slots, dim, state.key_arena.dtype, processors(query.device))
+    launch = decode_launch(batch, heads, kv_heads, slots, dim, state.key_arena.dtype, processors(query.device))
     query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
     output = torch.empty((batch, heads, 1, dim), dtype=query.dtype, device=query.device)
 
@@ -113,11 +115,11 @@ def fused_decode_step(
     alike = query.dtype == state.key_arena.dtype == state.value_arena.dtype
     wide = not alike or query.dtype == torch.float32
     chooses = decode != "keep"
-    top, total = scratch(batch, heads, plan.splits), scratch(batch, heads, plan.splits)
-    out = scratch(batch, heads, plan.splits, dim)
+    top, total = scratch(batch, heads, launch.splits), scratch(batch, heads, launch.splits)
+    out = scratch(batch, heads, launch.splits, dim)
     logits = scratch(batch, heads, slots) if chooses else top
     arrived = scratch(batch, dtype=torch.int32)
-    attend_split[(batch * kv_heads, plan.splits)](
+    attend_split[(batch * kv_heads, launch.splits)](
         query,
         key,
         value,
@@ -144,25 +146,25 @@ def fused_decode_step(
         heads // kv_heads,
         slots,
         layers,
-        plan.splits,
+        launch.splits,
         D=dim,
-        DIM=plan.dim,
-        GROUP=plan.group,
-        BLOCK=plan.block,
+        DIM=launch.dim,
+        GROUP=launch.group,
+        BLOCK=launch.block,
         WIDE=wide,
         STORE_LOGITS=chooses,
-        num_warps=plan.warps,
+        num_warps=launch.warps,
         num_stages=2,
         maxnreg=MOST_REGISTERS,
     )
-    finish_step[(batch, plan.programs)](
+    finish_step[(batch, launch.programs)](
         top,
         total,
         out,
         logits,
         arrived,
-        scratch(batch, 2, plan.programs),
-        scratch(batch, 5, plan.programs, dtype=torch.int32),
+        scratch(batch, 2, launch.programs),
+        scratch(batch, 5, launch.programs, dtype=torch.int32),
         output,
         state.slot_position,
         state.segment_start,
@@ -176,13 +178,13 @@ def fused_decode_step(
         heads,
         slots,
         layers,
-        plan.splits,
+        launch.splits,
         D=dim,
-        DIM=plan.dim,
+        DIM=launch.dim,
         BLOCK=_FINISH_BLOCK,
-        HEADS=plan.heads,
-        SPLITS=plan.splits,
-        PROGRAMS=plan.programs,
+        HEADS=launch.heads,
+        SPLITS=launch.splits,
+        PROGRAMS=launch.programs,
         DECODE=DECODE_MODES[decode],
         num_warps=4,
         maxnreg=128,  # else the assembler spills to fit more programs onto a multiprocessor than there are

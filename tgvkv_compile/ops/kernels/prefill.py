@@ -15,7 +15,7 @@ _MAX_PARTS = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class WeighPlan:
+class WeighLaunch:
     """How one sum of attention rows is launched.
 
     Attributes:
@@ -33,13 +33,13 @@ class WeighPlan:
     warps: int
 
 
-def plan_weighing(batch: int, heads: int, rows: int, dim: int, dtype: torch.dtype, processors: int) -> WeighPlan:
+def weigh_launch(batch: int, heads: int, rows: int, dim: int, dtype: torch.dtype, processors: int) -> WeighLaunch:
     """The launch for these shapes on a device with so many multiprocessors."""
     padded = max(64, next_power(dim))
     block = (64 if dtype.itemsize == 2 else 32) // (2 if padded > 128 else 1)  # more would not fit into registers
     # Text stands in a few blocks of columns: only parts of the rows give the device enough to do.
     parts = max(1, min(_MAX_PARTS, processors // (batch * heads), -(-rows // (4 * block))))
-    return WeighPlan(padded, block, block, parts, 8 if block * padded >= 64 * 64 else 4)
+    return WeighLaunch(padded, block, block, parts, 8 if block * padded >= 64 * 64 else 4)
 
 
 def fused_applies(rows: AttentionRows) -> bool:
@@ -72,16 +72,16 @@ def _weigh_once(weights: Tensor, wanted: Tensor, attention: AttentionRows) -> tu
     first_row = (weights != 0).any(0).to(torch.uint8).argmax()
     batch, heads, rows, dim = q.shape
     columns = k.shape[2]
-    plan = plan_weighing(batch, heads, rows, dim, q.dtype, processors(q.device))
-    sums = torch.empty((batch, heads, plan.parts, columns), dtype=torch.float32, device=q.device)
-    seen = torch.empty((batch, plan.parts, columns), dtype=torch.float32, device=q.device)
+    launch = weigh_launch(batch, heads, rows, dim, q.dtype, processors(q.device))
+    sums = torch.empty((batch, heads, launch.parts, columns), dtype=torch.float32, device=q.device)
+    seen = torch.empty((batch, launch.parts, columns), dtype=torch.float32, device=q.device)
     kind, lowest, strides = 0, 0.0, (0, 0, 0)
     if mask is not None:
         kind = 1 if mask.dtype == torch.bool else 2
         lowest = 0.0 if kind == 1 else torch.finfo(mask.dtype).min / 2
         strides = (mask.stride(0) if mask.shape[0] != 1 else 0, mask.stride(2), mask.stride(3))
         mask = mask.view(torch.uint8) if kind == 1 else mask
-    weigh_attention[(-(-columns // plan.columns), plan.parts, batch * heads)](
+    weigh_attention[(-(-columns // launch.columns), launch.parts, batch * heads)](
         q,
         k,
         lse.contiguous(),
@@ -104,16 +104,16 @@ def _weigh_once(weights: Tensor, wanted: Tensor, attention: AttentionRows) -> tu
         heads // k.shape[1],
         rows,
         columns,
-        -(-rows // plan.parts),
+        -(-rows // launch.parts),
         D=dim,
-        DIM=plan.dim,
-        ROWS=plan.rows,
-        COLUMNS=plan.columns,
+        DIM=launch.dim,
+        ROWS=launch.rows,
+        COLUMNS=launch.columns,
         CAUSAL=attention.is_causal,
         MASK=kind,
         WIDE=q.dtype == torch.float32,
-        num_warps=plan.warps,
+        num_warps=launch.warps,
         num_stages=2,
-        maxnreg=MOST_REGISTERS if plan.warps == 4 else None,
+        maxnreg=MOST_REGISTERS if launch.warps == 4 else None,
     )
     return sums.sum(2).mean(1), seen.sum(1)

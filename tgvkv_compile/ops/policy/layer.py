@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tgvkv_compile.ops.attention_rows import AttentionRows
-from tgvkv_compile.ops.roles import Roles
+from tgvkv_compile.ops.token_types import TokenTypes
 from tgvkv_compile.ops.weighing import Walk, Weighed, add_rows, weigh
 
 
@@ -28,7 +28,7 @@ class Layer(NamedTuple):
     """
 
     key: Tensor
-    tokens: Roles
+    tokens: TokenTypes
     num_rows: int
     share: Tensor
     number: int

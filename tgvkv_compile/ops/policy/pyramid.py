@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from tgvkv_compile.ops.policy.room import Room, fill
+from tgvkv_compile.ops.policy.bounds import Bounds, fill
 
 BETA = 20.0
 
 
-def pyramid(weight: Tensor, room: Room) -> Tensor:
+def pyramid(weight: Tensor, bounds: Bounds) -> Tensor:
     """Budgets fall in a straight line from the first layer to the last.
 
     The last layer has `share / beta`, the first `2 share - share / beta`, `beta` 20 as in the released code. Adapted: what a
@@ -20,4 +20,4 @@ def pyramid(weight: Tensor, room: Room) -> Tensor:
     layers = weight.shape[1]
     depth = torch.arange(layers, dtype=torch.float32, device=weight.device) / max(1, layers - 1)
     top = 2.0 - 1.0 / BETA
-    return fill((top - depth * (top - 1.0 / BETA)).expand_as(weight), room)
+    return fill((top - depth * (top - 1.0 / BETA)).expand_as(weight), bounds)

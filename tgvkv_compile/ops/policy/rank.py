@@ -14,8 +14,8 @@ from tgvkv_compile.ops.policy.layer import Layer, Ranked, Ranking, attending, ma
 from tgvkv_compile.ops.policy.named import RANKINGS
 from tgvkv_compile.ops.policy.returned import check_tensor
 from tgvkv_compile.ops.policy.share import mean_share
-from tgvkv_compile.ops.roles import Roles
 from tgvkv_compile.ops.tensor_parallel import mean_over_ranks, over_ranks
+from tgvkv_compile.ops.token_types import TokenTypes
 from tgvkv_compile.ops.weighing import Walk
 
 
@@ -36,7 +36,7 @@ class TokenRanks(NamedTuple):
 def rank_tokens(
     q: Tensor,
     k: Tensor,
-    roles: Roles,
+    token_types: TokenTypes,
     attn_mask: Tensor | None,
     is_causal: bool,
     scale: float,
@@ -52,7 +52,7 @@ def rank_tokens(
     Args:
         q: `[B, H, R, D]`, any floating dtype; the maths is float32.
         k: `[B, Hkv, S, D]`, any floating dtype.
-        roles: Of the `S` columns; padding is neither seen nor counted, whatever the mask says.
+        token_types: Of the `S` columns; padding is neither seen nor counted, whatever the mask says.
         attn_mask: `[B | 1, 1 | H, R, S]`, bool (True is visible) or additive (visible where above half of the lowest
             finite value); None if there is none.
         is_causal: Whether rows see no later column, besides what the mask says; only where `R` is `S`.
@@ -63,15 +63,15 @@ def rank_tokens(
             is equal on all ranks, and so are the bits of the result. None: all heads are here.
         **options: `ranking`, `layer`, `budget` and `budget_of` of [`rank_by_walk`][].
     """
-    walk = attending(AttentionRows(q, k, roles.valid, attn_mask, is_causal, scale, lse))
+    walk = attending(AttentionRows(q, k, token_types.valid, attn_mask, is_causal, scale, lse))
     if group is not None:
         walk = over_ranks(walk, q.shape[1], group)
-    return rank_by_walk(k, roles, q.shape[2], walk, group=group, **options)
+    return rank_by_walk(k, token_types, q.shape[2], walk, group=group, **options)
 
 
 def rank_by_walk(
     key: Tensor,
-    roles: Roles,
+    token_types: TokenTypes,
     num_rows: int,
     walk: Walk,
     *,
@@ -85,7 +85,7 @@ def rank_by_walk(
 
     Args:
         key: `[B, Hkv, S, D]`.
-        roles: Of the `S` columns.
+        token_types: Of the `S` columns.
         num_rows: `R`.
         walk: Sums rows.
         ranking: Name, or function.
@@ -96,10 +96,10 @@ def rank_by_walk(
     """
     config = EvictionConfig(budget, budget_of)  # type: ignore[arg-type]
     average = functools.partial(_mean_heads, group=group)
-    share = mean_share(roles, config=config)
-    one = Layer(key, roles, num_rows, share, layer, walk, average)
-    ranked = RANKINGS[ranking](one) if isinstance(ranking, str) else _checked(ranking(one), roles, name_of(ranking))
-    return _complete(ranked, roles, config)
+    share = mean_share(token_types, config=config)
+    one = Layer(key, token_types, num_rows, share, layer, walk, average)
+    ranked = RANKINGS[ranking](one) if isinstance(ranking, str) else _checked(ranking(one), token_types, name_of(ranking))
+    return _complete(ranked, token_types, config)
 
 
 def _mean_heads(values: Tensor, group: str | None) -> Tensor:
@@ -121,7 +121,7 @@ def ranked_by(ranking: Ranking) -> Callable[..., TokenRanks]:
     return rank_tokens_by
 
 
-def _checked(ranked: object, roles: Roles, name: str) -> Ranked:
+def _checked(ranked: object, token_types: TokenTypes, name: str) -> Ranked:
     """Raises [`ConfigError`][] unless a function gave what a ranking must."""
     if not isinstance(ranked, Ranked):
         found = "a Tensor" if isinstance(ranked, Tensor) else type(ranked).__name__
@@ -129,7 +129,7 @@ def _checked(ranked: object, roles: Roles, name: str) -> Ranked:
             f"ranking={name} returned {found}; return Ranked(score, tier=None, layer_weight=None) of tgvkv_compile.policy "
             "(docs/policies.md)"
         )
-    tokens = tuple(roles.valid.shape)
+    tokens = tuple(token_types.valid.shape)
     said = f"ranking={name} returned"
     check_tensor(f"{said} score as", ranked.score, torch.float32, "[B, S]", tokens)
     if ranked.tier is not None:
@@ -139,27 +139,27 @@ def _checked(ranked: object, roles: Roles, name: str) -> Ranked:
     return ranked
 
 
-def _complete(ranked: Ranked, roles: Roles, config: EvictionConfig) -> TokenRanks:
-    none = torch.zeros_like(roles.positions)
+def _complete(ranked: Ranked, token_types: TokenTypes, config: EvictionConfig) -> TokenRanks:
+    none = torch.zeros_like(token_types.positions)
     tier = none if ranked.tier is None else ranked.tier
     if config.budget_of == "vision":  # all text stays
-        tier = torch.where(roles.vision, torch.where(tier > 1, 1, tier), 2)  # no clamp: TensorRT clips floats only
+        tier = torch.where(token_types.vision, torch.where(tier > 1, 1, tier), 2)  # no clamp: TensorRT clips floats only
     mass = torch.zeros_like(ranked.score[:, 0]) if ranked.layer_weight is None else ranked.layer_weight
-    return TokenRanks(mass, torch.where(roles.valid, ranked.score, 0.0), tier)
+    return TokenRanks(mass, torch.where(token_types.valid, ranked.score, 0.0), tier)
 
 
-def scores_from_attention(attention: Tensor, visible: Tensor, roles: Roles) -> tuple[Tensor, Tensor]:
+def scores_from_attention(attention: Tensor, visible: Tensor, token_types: TokenTypes) -> tuple[Tensor, Tensor]:
     """TGV-KV's text-vision mass and token scores from materialised attention (`docs/algorithm.md`, Prefill 1, 3, 4).
 
     Args:
         attention: `[B, R, S]` float32, probabilities averaged over query heads.
         visible: `[B | 1, R, S]` bool, query row sees key column.
-        roles: Of the `S` columns.
+        token_types: Of the `S` columns.
 
     Returns:
         mass: `[B]` float32, `m_l`.
         score: `[B, S]` float32, `s_t` at text, `s_v` at vision, 0 at padding.
     """
     no_keys = attention.new_empty((attention.shape[0], 0, attention.shape[2], 0))
-    ranks = rank_by_walk(no_keys, roles, attention.shape[1], materialised(attention, visible))
+    ranks = rank_by_walk(no_keys, token_types, attention.shape[1], materialised(attention, visible))
     return ranks.mass, ranks.score

@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from tgvkv_compile.ops.policy.room import Room
+from tgvkv_compile.ops.policy.bounds import Bounds
 
 
-def same(weight: Tensor, room: Room) -> Tensor:
+def same(weight: Tensor, bounds: Bounds) -> Tensor:
     """Wants `share [B, L]` of every layer."""
-    return room.share.expand_as(weight)
+    return bounds.share.expand_as(weight)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from tgvkv_compile.config import EvictionConfig
-from tgvkv_compile.ops.roles import Roles, vision_count
+from tgvkv_compile.ops.token_types import TokenTypes, vision_count
 
 
 def budgeted(tokens: Tensor, config: EvictionConfig) -> Tensor:
@@ -14,10 +14,10 @@ def budgeted(tokens: Tensor, config: EvictionConfig) -> Tensor:
     return tokens * config.budget
 
 
-def mean_share(roles: Roles, *, config: EvictionConfig) -> Tensor:
+def mean_share(token_types: TokenTypes, *, config: EvictionConfig) -> Tensor:
     """float32 `[B]`: how many entries layers keep on average, before rounding."""
-    length = roles.lengths.to(torch.float32)
+    length = token_types.lengths.to(torch.float32)
     if config.budget_of == "all":
         return budgeted(length, config)
-    vision = vision_count(roles, config=config).to(torch.float32)
+    vision = vision_count(token_types, config=config).to(torch.float32)
     return length - vision + budgeted(vision, config)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from tgvkv_compile.ops.policy.layer import Layer, Ranked
-from tgvkv_compile.ops.roles import Roles
+from tgvkv_compile.ops.token_types import TokenTypes
 
 
 def twr(layer: Layer) -> Ranked:
@@ -28,6 +28,6 @@ def twr(layer: Layer) -> Ranked:
     return Ranked(score, text_first(tokens), mass)
 
 
-def text_first(tokens: Roles) -> Tensor:
-    """Text-prioritised retention (section 4.3): int64 `[B, S]`, 1 at text, which stays before vision."""
+def text_first(tokens: TokenTypes) -> Tensor:
+    """Text-prioritised retention (section 4.3, in the paper's words): int64 `[B, S]`, 1 at text, which stays before vision."""
     return (tokens.valid & ~tokens.vision).to(torch.int64)

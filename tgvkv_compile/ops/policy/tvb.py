@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from tgvkv_compile.ops.policy.room import Room
+from tgvkv_compile.ops.policy.bounds import Bounds
 
 
-def tvb(weight: Tensor, room: Room) -> Tensor:
+def tvb(weight: Tensor, bounds: Bounds) -> Tensor:
     """Wants `k_l = L * share * w_l [B, L]`, as released: what a clamped layer cannot hold is not handed to the others."""
-    return room.share * weight.shape[1] * weight
+    return bounds.share * weight.shape[1] * weight

@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from tgvkv_compile.ops.policy.room import Room, fill
+from tgvkv_compile.ops.policy.bounds import Bounds, fill
 
 
-def waterfill(weight: Tensor, room: Room) -> Tensor:
+def waterfill(weight: Tensor, bounds: Bounds) -> Tensor:
     """Wants `clamp(c * w_l, lower, upper) [B, L]`, `c` such that they sum to `L * share` (see `fill`)."""
-    return fill(weight, room)
+    return fill(weight, bounds)

@@ -10,13 +10,15 @@ from tests.ops.prompts import configs, indices, keep_per_layer, random_attention
 from tests.support.oracle import Oracle
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.ops.policy.tgv import text_first
-from tgvkv_compile.ops.retention import retain
-from tgvkv_compile.ops.roles import token_roles
+from tgvkv_compile.ops.selection import select_tokens
+from tgvkv_compile.ops.token_types import classify_tokens
 
 
 def _keep(score: list[float], vision: Tensor, kept: int, sinks: int = 1) -> list[int]:
-    roles = token_roles(vision[None], None)
-    return indices(retain(torch.tensor([score]), text_first(roles), roles, torch.tensor([kept]), sink_tokens=sinks)[0])
+    token_types = classify_tokens(vision[None], None)
+    return indices(
+        select_tokens(torch.tensor([score]), text_first(token_types), token_types, torch.tensor([kept]), sink_tokens=sinks)[0]
+    )
 
 
 def _keep_by_lists(score: list[float], vision: list[bool], kept: int, sinks: int) -> list[int]:
@@ -50,7 +52,7 @@ def test_a_nan_score_counts_as_nothing() -> None:
 
 @given(vision_masks(), st.data())
 @settings(max_examples=200)
-def test_retention_is_the_rule_in_words(vision: Tensor, data: st.DataObject) -> None:
+def test_selection_is_the_rule_in_words(vision: Tensor, data: st.DataObject) -> None:
     length = len(vision)
     sinks = data.draw(st.sampled_from([0, 1, 4]))
     # Few distinct scores, so that there are ties.
@@ -58,12 +60,12 @@ def test_retention_is_the_rule_in_words(vision: Tensor, data: st.DataObject) -> 
     score = data.draw(st.lists(values, min_size=length, max_size=length))
     kept = data.draw(st.integers(min(length, sinks + 1), length))
     left = data.draw(st.integers(0, 4))
-    roles = token_roles(
+    token_types = classify_tokens(
         torch.cat([torch.zeros(left, dtype=torch.bool), vision])[None], vision_at(left + length, (left, length))[None]
     )
     # Padding scores highest, to tempt.
     padded = torch.tensor([[1e9] * left + score])
-    keep = retain(padded, text_first(roles), roles, torch.tensor([kept]), sink_tokens=sinks)[0]
+    keep = select_tokens(padded, text_first(token_types), token_types, torch.tensor([kept]), sink_tokens=sinks)[0]
     assert indices(keep[left:]) == _keep_by_lists(score, vision.tolist(), kept, sinks)
     assert int(keep.sum()) == kept
     assert not keep[:left].any()
@@ -90,7 +92,7 @@ def test_neither_padding_nor_batch_order_matters(prompts: list[Tensor], config: 
         attention[:, row, inner] = 0.0
         attention[:, row, inner, inner] = random_attention(layers, len(prompts[index]), seed=index)
         vision[row, inner], valid[row, inner] = prompts[index], True
-    together = keep_per_layer(attention, token_roles(vision, valid), config)
+    together = keep_per_layer(attention, classify_tokens(vision, valid), config)
     for row, (index, start) in enumerate(zip(order, starts, strict=True)):
         assert [[p - start for p in kept] for kept in together[row]] == alone[index]
 

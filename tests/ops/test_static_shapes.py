@@ -5,10 +5,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.ops.prompts import indices, vision_at, vision_masks
-from tgvkv_compile.ops.fixed_shapes import pack_columns, pack_layer, retain_by_threshold
 from tgvkv_compile.ops.policy.tgv import text_first
-from tgvkv_compile.ops.retention import retain
-from tgvkv_compile.ops.roles import Roles, token_roles
+from tgvkv_compile.ops.selection import select_tokens
+from tgvkv_compile.ops.static_shapes import pack_columns, pack_layer, select_by_threshold
+from tgvkv_compile.ops.token_types import TokenTypes, classify_tokens
 
 LARGEST = torch.finfo(torch.float32).max
 # Ties, neighbours in the last bit, both ends of the normal and of the subnormal numbers.
@@ -24,12 +24,14 @@ def test_the_threshold_keeps_what_sorting_keeps(vision: Tensor, left: int, sinks
     length = len(vision)
     score = data.draw(st.lists(SCORES, min_size=length, max_size=length))
     kept = torch.tensor([data.draw(st.integers(min(length, sinks + 1), length))])
-    roles = token_roles(
+    token_types = classify_tokens(
         torch.cat([torch.zeros(left, dtype=torch.bool), vision])[None], vision_at(left + length, (left, length))[None]
     )
     padded = torch.tensor([[LARGEST] * left + score])  # padding scores highest, to tempt
-    expected = retain(padded, text_first(roles), roles, kept, sink_tokens=sinks)
-    assert indices(retain_by_threshold(padded, text_first(roles), roles, kept, sink_tokens=sinks)[0]) == indices(expected[0])
+    expected = select_tokens(padded, text_first(token_types), token_types, kept, sink_tokens=sinks)
+    assert indices(select_by_threshold(padded, text_first(token_types), token_types, kept, sink_tokens=sinks)[0]) == indices(
+        expected[0]
+    )
 
 
 @given(st.integers(1, 6), st.integers(6, 400), st.integers(0, 2**31))
@@ -38,19 +40,23 @@ def test_rows_of_a_batch_are_searched_each_for_itself(batch: int, length: int, s
     generator = torch.Generator().manual_seed(seed)
     score = torch.rand(batch, length, generator=generator) ** torch.randint(1, 40, (batch, 1), generator=generator)
     score = score.round(decimals=2) if seed % 2 else score
-    roles = token_roles(torch.rand(batch, length, generator=generator) < 0.6, None)
+    token_types = classify_tokens(torch.rand(batch, length, generator=generator) < 0.6, None)
     kept = torch.randint(5, length + 1, (batch,), generator=generator)
-    expected = retain(score, text_first(roles), roles, kept, sink_tokens=4)
-    assert torch.equal(retain_by_threshold(score, text_first(roles), roles, kept, sink_tokens=4), expected)
+    expected = select_tokens(score, text_first(token_types), token_types, kept, sink_tokens=4)
+    assert torch.equal(select_by_threshold(score, text_first(token_types), token_types, kept, sink_tokens=4), expected)
 
 
 @pytest.mark.parametrize(("odd", "counts_as"), [(float("nan"), 0.0), (-1.0, 0.0), (float("inf"), LARGEST)])
 def test_scores_that_are_no_sums_of_probabilities(odd: float, counts_as: float) -> None:
-    roles = token_roles(torch.zeros(1, 6, dtype=torch.bool), None)
+    token_types = classify_tokens(torch.zeros(1, 6, dtype=torch.bool), None)
     for kept in range(1, 7):
         found, expected = (
-            retain_by_threshold(
-                torch.tensor([[0.0, 0.1, value, 0.2, 0.0, 0.0]]), text_first(roles), roles, torch.tensor([kept]), sink_tokens=0
+            select_by_threshold(
+                torch.tensor([[0.0, 0.1, value, 0.2, 0.0, 0.0]]),
+                text_first(token_types),
+                token_types,
+                torch.tensor([kept]),
+                sink_tokens=0,
             )
             for value in (odd, counts_as)
         )
@@ -91,8 +97,8 @@ class _Selection(torch.nn.Module):
         everything = torch.ones_like(vision)
         positions = torch.arange(score.shape[1]).expand(score.shape)
         lengths = torch.full_like(kept, score.shape[1])
-        roles = Roles(everything, vision, ~vision, positions, lengths)
-        return pack_columns(retain_by_threshold(score, text_first(roles), roles, kept, sink_tokens=4), 32)
+        token_types = TokenTypes(everything, vision, ~vision, positions, lengths)
+        return pack_columns(select_by_threshold(score, text_first(token_types), token_types, kept, sink_tokens=4), 32)
 
 
 def test_no_operator_that_engines_lack() -> None:

@@ -12,8 +12,8 @@ from torch import Tensor
 from tgvkv_compile.config import EvictionConfig
 
 
-class Roles(NamedTuple):
-    """The role of each token of a padded batch.
+class TokenTypes(NamedTuple):
+    """What each token of a padded batch is.
 
     Attributes:
         valid: `[B, N]` bool, the token is not padding.
@@ -30,8 +30,8 @@ class Roles(NamedTuple):
     lengths: Tensor
 
 
-def token_roles(vision: Tensor, valid: Tensor | None) -> Roles:
-    """Tells the role of each token (`docs/algorithm.md`, Notation).
+def classify_tokens(vision: Tensor, valid: Tensor | None) -> TokenTypes:
+    """Tells the type of each token (`docs/algorithm.md`, Notation).
 
     The question is the valid text after the last vision token. A prompt that ends in vision has none: its last valid
     token stands for it. A sample without vision is all question.
@@ -49,7 +49,7 @@ def token_roles(vision: Tensor, valid: Tensor | None) -> Roles:
     question = valid & (counted > last_vision)
     question = question | (valid & (counted == length) & (last_vision == length))
     positions = torch.where(valid, counted - 1.0, -1.0)
-    return Roles(valid, vision, question, positions.to(torch.int64), length.squeeze(1).to(torch.int64))
+    return TokenTypes(valid, vision, question, positions.to(torch.int64), length.squeeze(1).to(torch.int64))
 
 
 def prefix_count(mask: Tensor) -> Tensor:
@@ -57,19 +57,19 @@ def prefix_count(mask: Tensor) -> Tensor:
     return mask.to(torch.float32).cumsum(1)
 
 
-def forced_tokens(roles: Roles, *, sink_tokens: int) -> Tensor:
+def forced_tokens(token_types: TokenTypes, *, sink_tokens: int) -> Tensor:
     """Returns `[B, N]` bool: the tokens that are kept whatever their score, the first `sink_tokens` and the last."""
-    last = roles.positions == roles.lengths.unsqueeze(1) - 1
-    return roles.valid & ((roles.positions < sink_tokens) | last)
+    last = token_types.positions == token_types.lengths.unsqueeze(1) - 1
+    return token_types.valid & ((token_types.positions < sink_tokens) | last)
 
 
-def vision_count(roles: Roles, *, config: EvictionConfig) -> Tensor:
+def vision_count(token_types: TokenTypes, *, config: EvictionConfig) -> Tensor:
     """Returns `[B]` int64: the vision tokens that [`allocate`][tgvkv_compile.ops.budgeting.allocate] budgets.
 
     With `budget_of="vision"` the sink and last positions count as text (`docs/algorithm.md`, Options), so vision tokens
     that stand there are not counted; otherwise a prompt that opens with an image would lose text to its sinks.
     """
-    counted = roles.vision
+    counted = token_types.vision
     if config.budget_of == "vision":
-        counted = counted & ~forced_tokens(roles, sink_tokens=config.sink_tokens)
+        counted = counted & ~forced_tokens(token_types, sink_tokens=config.sink_tokens)
     return counted.to(torch.int64).sum(1)

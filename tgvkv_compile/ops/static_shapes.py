@@ -1,4 +1,4 @@
-"""Retention and packing for graphs whose shapes are fixed for good, without any operator that sorts.
+"""Selection and packing for graphs of static shapes, without any operator that sorts.
 
 Exported engines allow neither sorting nor indices of unknown number: TensorRT's TopK takes a constant `k` of at most 3840,
 it has no argsort, searchsorted or kthvalue, and its CumSum takes floats only. So the score of the last entry kept is found by
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tgvkv_compile.ops.roles import Roles, forced_tokens, prefix_count
+from tgvkv_compile.ops.token_types import TokenTypes, forced_tokens, prefix_count
 
 _SMALLEST_NORMAL = 2.0**-126
 # From the exponent -126 every one up to 127 is reached by taking some of these, the largest first, and none above it.
@@ -20,23 +20,23 @@ _MANTISSA_BITS = 23
 _LARGEST = torch.finfo(torch.float32).max
 
 
-def retain_by_threshold(score: Tensor, tier: Tensor, roles: Roles, kept: Tensor, *, sink_tokens: int) -> Tensor:
-    """[`retain`][tgvkv_compile.ops.retention.retain] without sorting: the same tokens, ties included.
+def select_by_threshold(score: Tensor, tier: Tensor, token_types: TokenTypes, kept: Tensor, *, sink_tokens: int) -> Tensor:
+    """[`select_tokens`][tgvkv_compile.ops.selection.select_tokens] without sorting: the same tokens, ties included.
 
     Scores are sums of probabilities. A NaN or a negative one counts as 0, an infinite one as the largest float32.
 
     Args:
         score: `[B, N]` float32.
         tier: `[B, N]` int64, 0 to 2.
-        roles: Of the `N` tokens.
+        token_types: Of the `N` tokens.
         kept: `[B]` int64, how many tokens to keep: at least the forced ones, at most the valid ones.
         sink_tokens: How many first positions are forced.
 
     Returns:
         `[B, N]` bool with `kept` True per row.
     """
-    forced = forced_tokens(roles, sink_tokens=sink_tokens)
-    others = roles.valid & ~forced
+    forced = forced_tokens(token_types, sink_tokens=sink_tokens)
+    others = token_types.valid & ~forced
     rank = tier.to(torch.float32)  # engines compare floats
     rest = kept.to(torch.float32).unsqueeze(1) - _count(forced)
     stays = forced
@@ -56,15 +56,15 @@ def retain_by_threshold(score: Tensor, tier: Tensor, roles: Roles, kept: Tensor,
     return stays | _best(score, searched, wanted)
 
 
-def retain_layers(
-    scores: tuple[Tensor, ...], tiers: tuple[Tensor, ...], roles: Roles, kept: Tensor, *, sink_tokens: int
+def select_in_layers(
+    scores: tuple[Tensor, ...], tiers: tuple[Tensor, ...], token_types: TokenTypes, kept: Tensor, *, sink_tokens: int
 ) -> tuple[Tensor, ...]:
-    """[`retain_by_threshold`][] of all layers at once: one search for all, so that its steps stand in a graph once.
+    """[`select_by_threshold`][] of all layers at once: one search for all, so that its steps stand in a graph once.
 
     Args:
         scores: float32 `[B, N]` per layer.
         tiers: int64 `[B, N]` per layer.
-        roles: Of the `N` tokens.
+        token_types: Of the `N` tokens.
         kept: int64 `[B, L]`.
         sink_tokens: As there.
 
@@ -72,9 +72,9 @@ def retain_layers(
         bool `[B, N]` per layer.
     """
     layers = len(scores)
-    repeated = Roles(*(field.repeat(layers, *(1,) * (field.dim() - 1)) for field in roles))
+    repeated = TokenTypes(*(field.repeat(layers, *(1,) * (field.dim() - 1)) for field in token_types))
     ranked = (torch.cat(scores), torch.cat(tiers))
-    keep = retain_by_threshold(*ranked, repeated, kept.t().reshape(-1), sink_tokens=sink_tokens)
+    keep = select_by_threshold(*ranked, repeated, kept.t().reshape(-1), sink_tokens=sink_tokens)
     return keep.chunk(layers)
 
 

@@ -1,4 +1,4 @@
-"""A decode step for graphs whose shapes are fixed for good: a layer has its own slots, and a slot without position is free.
+"""A decode step for graphs of static shapes: a layer has its own slots, and a slot without position is free.
 
 The same step as `ops.decode_step`, entry by entry. Positions and slots are compared and searched in float32, exact below
 `2 ** 24`: engines reduce floats, and have no `argmin` of more than 3840.
@@ -33,7 +33,7 @@ class Stepped(NamedTuple):
     protect_from: Tensor
 
 
-def fixed_decode_step(
+def static_decode_step(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -79,7 +79,7 @@ def fixed_decode_step(
 
 
 def _next_protected(positions: Tensor, protect_from: Tensor) -> Tensor:
-    """[`next_protected`][tgvkv_compile.ops.decoding.next_protected] of float32 `[B, C]` and `[B, 1]`: `[B, 1]`.
+    """[`next_protected`][tgvkv_compile.ops.decode_eviction.next_protected] of float32 `[B, C]` and `[B, 1]`: `[B, 1]`.
 
     A position above it is always there: the new token's.
     """
@@ -89,7 +89,7 @@ def _next_protected(positions: Tensor, protect_from: Tensor) -> Tensor:
 def _evicted(
     attention: Tensor, positions: Tensor, total: Tensor, rate: Tensor, protected: Tensor, config: EvictionConfig
 ) -> Tensor:
-    """Where [`choose_eviction`][tgvkv_compile.ops.decoding.choose_eviction] points to: bool `[B, C]`, at most one per row."""
+    """Where [`choose_eviction`][tgvkv_compile.ops.decode_eviction.choose_eviction] points: bool `[B, C]`, at most one a row."""
     evictable = (positions >= config.sink_tokens) & (positions < protected)
     if config.decode == "keep":
         return torch.zeros_like(evictable)

@@ -1,4 +1,4 @@
-"""A prefill for graphs whose shapes are fixed for good: attention with its scores, budgets that fit, packed layers.
+"""A prefill for graphs of static shapes: attention with its scores, budgets that fit, packed layers.
 
 Rows are walked in blocks whose number is fixed and whose length follows the prompt, so that no `[N, N]` is held. A block's
 probabilities give its part of the output and of the sums that the scores are made of: engines have no attention that tells
@@ -14,11 +14,11 @@ from torch import Tensor
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.ops.budgeting import Allocation, allocate
 from tgvkv_compile.ops.capacities import fit_allocation
-from tgvkv_compile.ops.fixed_shapes import pack_columns
 from tgvkv_compile.ops.graph_masks import vision_positions
 from tgvkv_compile.ops.policy.rank import rank_by_walk
 from tgvkv_compile.ops.probabilities import causal_probabilities, exact_matmul
-from tgvkv_compile.ops.roles import Roles, prefix_count, token_roles, vision_count
+from tgvkv_compile.ops.static_shapes import pack_columns
+from tgvkv_compile.ops.token_types import TokenTypes, classify_tokens, prefix_count, vision_count
 from tgvkv_compile.ops.weighing import Weighed, add_rows
 
 _BLOCK_BYTES = 1 << 30
@@ -47,16 +47,16 @@ def block_count(batch: int, heads: int, max_prompt: int) -> int:
     return max(1, min(_MAX_BLOCKS, -(-whole // _BLOCK_BYTES)))
 
 
-def roles_from_mask(masks: tuple[Tensor, ...], attention_mask: Tensor) -> Roles:
-    """`token_roles` of merge masks, bool `[B, N, 1 | hidden]`, and `attention_mask [B, N]`, 0 at padding."""
-    return token_roles(vision_positions(masks), attention_mask != 0)
+def token_types_from_mask(masks: tuple[Tensor, ...], attention_mask: Tensor) -> TokenTypes:
+    """`classify_tokens` of merge masks, bool `[B, N, 1 | hidden]`, and `attention_mask [B, N]`, 0 at padding."""
+    return classify_tokens(vision_positions(masks), attention_mask != 0)
 
 
 def attend_and_score(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    roles: Roles,
+    token_types: TokenTypes,
     scale: float,
     blocks: int,
     question_rows: int,
@@ -70,14 +70,14 @@ def attend_and_score(
         query: `[B, H, N, D]`.
         key: `[B, Hkv, N, D]`.
         value: `[B, Hkv, N, D]`.
-        roles: Of the `N` tokens; padding is not seen, and what it would see counts for nothing.
+        token_types: Of the `N` tokens; padding is not seen, and what it would see counts for nothing.
         scale: What `q @ k` is multiplied by.
         blocks: Of [`block_count`][]; `N` is a multiple of it.
         question_rows: The most tokens that a question has, in samples with vision.
         **options: `ranking`, `layer`, `budget` and `budget_of`, as of `rank_tokens`.
     """
-    attended = _InBlocks(query, key, value, roles, scale, blocks, question_rows)
-    ranks = rank_by_walk(key, roles, query.shape[2], attended.walk, **options)
+    attended = _InBlocks(query, key, value, token_types, scale, blocks, question_rows)
+    ranks = rank_by_walk(key, token_types, query.shape[2], attended.walk, **options)
     return Scored(attended.attend_all(), *ranks)
 
 
@@ -92,16 +92,16 @@ class _InBlocks:
     """
 
     def __init__(
-        self, query: Tensor, key: Tensor, value: Tensor, roles: Roles, scale: float, blocks: int, question_rows: int
+        self, query: Tensor, key: Tensor, value: Tensor, token_types: TokenTypes, scale: float, blocks: int, question_rows: int
     ) -> None:
-        self._query, self._key, self._value, self._roles, self._scale = query, key, value, roles, scale
+        self._query, self._key, self._value, self._token_types, self._scale = query, key, value, token_types, scale
         self._blocks, self._question_rows = blocks, question_rows
         self._output: Tensor | None = None
 
     def attend_all(self) -> Tensor:
         """The output, `[B, H, N, D]`."""
         if self._output is None:
-            self.walk([(self._roles.valid, None)])  # a ranking that asks for no attention
+            self.walk([(self._token_types.valid, None)])  # a ranking that asks for no attention
         assert self._output is not None
         return self._output
 
@@ -124,14 +124,14 @@ class _InBlocks:
 
     def _attend(self, start: int, end: int | None, weights: Tensor) -> tuple[Tensor, Weighed]:
         """Rows from `start` to `end` on the keys before `end`: `(output [B, H, R, D], sums [B, K, N])`."""
-        query, key, value, roles = self._query, self._key, self._value, self._roles
-        seen, later = roles, 0
+        query, key, value, token_types = self._query, self._key, self._value, self._token_types
+        seen, later = token_types, 0
         if end is not None:
             key, value, later = key[:, :, :end], value[:, :, :end], query.shape[2] - end
-            seen = roles._replace(valid=roles.valid[:, :end], positions=roles.positions[:, :end])
+            seen = token_types._replace(valid=token_types.valid[:, :end], positions=token_types.positions[:, :end])
         rows = slice(start or None, end)
         query = query[:, :, rows]
-        visible = _visible(roles.positions[:, rows], seen)
+        visible = _visible(token_types.positions[:, rows], seen)
         probabilities = causal_probabilities(query, key, visible[:, None], self._scale)
         batch, heads, count, columns = probabilities.shape
         grouped = probabilities.view(batch, key.shape[1], heads // key.shape[1], count, columns)
@@ -143,40 +143,40 @@ class _InBlocks:
 
     def _weigh_question(self, weights: Tensor) -> Weighed:
         """`[B, 1, N]` of `weights [B, N]`, 0 outside of the question."""
-        query, roles = self._query, self._roles
-        columns, filled = pack_columns(roles.question, self._question_rows)
+        query, token_types = self._query, self._token_types
+        columns, filled = pack_columns(token_types.question, self._question_rows)
         chosen = torch.where(filled, weights.gather(1, columns), 0.0)
         index = columns[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
-        visible = _visible(roles.positions.gather(1, columns), roles)
+        visible = _visible(token_types.positions.gather(1, columns), token_types)
         attention = causal_probabilities(query.gather(2, index), self._key, visible[:, None], self._scale).mean(1)
         return add_rows(attention, visible, chosen.unsqueeze(1))
 
 
-def _visible(row_positions: Tensor, columns: Roles) -> Tensor:
+def _visible(row_positions: Tensor, columns: TokenTypes) -> Tensor:
     """Rows at `row_positions [B, R]` see the valid `columns` up to themselves: bool `[B, R, S]`."""
     return (columns.positions.unsqueeze(1) <= row_positions.unsqueeze(2)) & columns.valid.unsqueeze(1)
 
 
 def fit_layers(
-    mass: tuple[Tensor, ...], roles: Roles, capacities: tuple[int, ...], new_tokens: int, **options: object
+    mass: tuple[Tensor, ...], token_types: TokenTypes, capacities: tuple[int, ...], new_tokens: int, **options: object
 ) -> Allocation:
     """`allocate` from the layers' masses, `[B]` each, fitted into `capacities`; `options` are those of `EvictionConfig`."""
     config = EvictionConfig(**options)  # type: ignore[arg-type]
-    numbers = vision_count(roles, config=config)
-    wanted = allocate(torch.stack(mass, dim=1), roles.lengths, numbers, config=config)
-    return fit_allocation(wanted, roles.lengths, capacities, new_tokens, config=config)
+    numbers = vision_count(token_types, config=config)
+    wanted = allocate(torch.stack(mass, dim=1), token_types.lengths, numbers, config=config)
+    return fit_allocation(wanted, token_types.lengths, capacities, new_tokens, config=config)
 
 
-def first_protected(keeps: tuple[Tensor, ...], roles: Roles) -> Tensor:
-    """int64 `[B, L]`: the first kept position of the question in each layer, where its protected suffix begins.
+def static_protected_from(keeps: tuple[Tensor, ...], token_types: TokenTypes) -> Tensor:
+    """[`protected_from`][tgvkv_compile.ops.packing.protected_from] by counts in float32: int64 `[B, L]`.
 
-    There is one: the last position is always kept and always in the question.
+    There is such a position: the last one is always kept and always in the question.
 
     Args:
         keeps: bool `[B, N]` per layer.
-        roles: Of the `N` tokens.
+        token_types: Of the `N` tokens.
     """
-    counted = prefix_count(roles.valid)
+    counted = prefix_count(token_types.valid)
     beyond = counted[:, -1:] + 1.0
-    found = [torch.where(keep & roles.question, counted, beyond).amin(1) for keep in keeps]
+    found = [torch.where(keep & token_types.question, counted, beyond).amin(1) for keep in keeps]
     return (torch.stack(found, dim=1) - 1.0).to(torch.int64)

@@ -13,20 +13,20 @@ from tests.support.oracle import Oracle
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.ops import weighing
 from tgvkv_compile.ops.attention import scaled_dot_product_attention_with_lse
+from tgvkv_compile.ops.later_turns import (
+    allocate_again,
+    candidate_mask,
+    candidate_token_types,
+    extend_history,
+    turn_token_types,
+    vision_history,
+)
 from tgvkv_compile.ops.packing import protected_from
 from tgvkv_compile.ops.policy.rank import scores_from_attention
 from tgvkv_compile.ops.policy.tgv import text_first
 from tgvkv_compile.ops.probabilities import attention_probabilities
-from tgvkv_compile.ops.retention import retain
-from tgvkv_compile.ops.roles import Roles, token_roles
-from tgvkv_compile.ops.turns import (
-    allocate_again,
-    candidate_mask,
-    candidate_roles,
-    extend_history,
-    turn_roles,
-    vision_history,
-)
+from tgvkv_compile.ops.selection import select_tokens
+from tgvkv_compile.ops.token_types import TokenTypes, classify_tokens
 
 LAYERS = 3
 
@@ -68,7 +68,7 @@ def test_the_functions_on_a_batch_are_the_oracle(data: st.DataObject, config: Ev
         vision[sample, -len(new) :] = new
         vision[sample, : -len(new)] = True  # padding that is marked as vision is padding all the same
         mask[sample, 0, :, -len(new) :] = causal(count)[:, -len(new) :]
-    roles = turn_roles(vision, mask, torch.tensor(before))
+    token_types = turn_token_types(vision, mask, torch.tensor(before))
     masses, scores, candidates = [], [], []
     for layer in range(LAYERS):
         width = max(len(kept[layer]) for kept in survivors) + 1
@@ -80,23 +80,23 @@ def test_the_functions_on_a_batch_are_the_oracle(data: st.DataObject, config: Ev
             own = paid(len(new), there + len(new), seed=7 * sample + layer)
             attention[sample, -len(new) :, :there] = own[:, :there]
             attention[sample, -len(new) :, -len(new) :] = own[:, there:]
-        candidates.append(candidate_roles(history, positions, roles))
+        candidates.append(candidate_token_types(history, positions, token_types))
         seen = candidate_mask(mask, positions, vision)[:, 0]
         mass, score = scores_from_attention(attention, seen, candidates[-1])
         masses.append(mass)
         scores.append(score)
     options = {name: getattr(config, name) for name in config.__dataclass_fields__}
-    allocation = allocate_again(tuple(masses), tuple(candidates), history, roles, rates, **options)
+    allocation = allocate_again(tuple(masses), tuple(candidates), history, token_types, rates, **options)
     keeps = [
-        retain(score, text_first(roles), roles, allocation.kept[:, layer], sink_tokens=config.sink_tokens)
-        for layer, (score, roles) in enumerate(zip(scores, candidates, strict=True))
+        select_tokens(score, text_first(token_types), token_types, allocation.kept[:, layer], sink_tokens=config.sink_tokens)
+        for layer, (score, token_types) in enumerate(zip(scores, candidates, strict=True))
     ]
     protected = protected_from(tuple(keeps), tuple(candidates))
-    after = extend_history(history, roles)
+    after = extend_history(history, token_types)
     for sample, (oracle, new) in enumerate(zip(oracles, news, strict=True)):
         attention = [paid(len(new), len(kept) + len(new), seed=7 * sample + i) for i, kept in enumerate(survivors[sample])]
         oracle.extend_with_vision(attention, new)
-        assert int(roles.lengths[sample]) == before[sample] + len(new) == oracle._totals[0]
+        assert int(token_types.lengths[sample]) == before[sample] + len(new) == oracle._totals[0]
         assert indices(after[sample]) == [position for position, seen in enumerate(oracle._vision) if seen]
         for layer, keep in enumerate(keeps):
             assert candidates[layer].positions[sample][keep[sample]].tolist() == oracle.kept[layer]
@@ -143,9 +143,9 @@ def test_no_layer_keeps_more_than_there_is() -> None:
 def test_a_vision_budget_counts_vision_that_is_gone() -> None:
     """Fifteen vision tokens in all: six are kept beside the fifteen of text, although only nine are left to choose from."""
     history = vision_at(20, (4, 10))[None]
-    new = turn_roles(vision_at(10, (2, 5))[None], None, torch.tensor([20]))
+    new = turn_token_types(vision_at(10, (2, 5))[None], None, torch.tensor([20]))
     survivors = torch.tensor([[0, 1, 2, 3, 5, 6, 7, 8, *range(14, 20)]])
-    candidates = candidate_roles(history, survivors, new)
+    candidates = candidate_token_types(history, survivors, new)
     assert int(candidates.vision.sum()) == 9 and int(candidates.valid.sum()) == 24
     options: dict[str, Any] = {"budget": 0.4, "budget_of": "vision", "budgeting": "uniform"}
     found = allocate_again((torch.ones(1),), (candidates,), history, new, torch.ones(1, 1), **options)
@@ -165,9 +165,9 @@ def test_history_counts_no_padding(padded: bool) -> None:
     vision = torch.stack([vision_at(6, (2, 2)), vision_at(6, (3, 3))])
     valid = torch.ones(2, 6, dtype=torch.bool)
     valid[1, :3] = not padded
-    found = vision_history(token_roles(vision, valid))
+    found = vision_history(classify_tokens(vision, valid))
     assert indices(found[0]) == [2, 3] and indices(found[1]) == ([0, 1, 2] if padded else [3, 4, 5])
-    more = extend_history(found, turn_roles(vision, None, torch.tensor([6, 3 if padded else 6])))
+    more = extend_history(found, turn_token_types(vision, None, torch.tensor([6, 3 if padded else 6])))
     assert more.shape == (2, 12) and indices(more[1])[3:] == ([6, 7, 8] if padded else [9, 10, 11])
 
 
@@ -185,30 +185,30 @@ def test_the_op_on_the_last_rows_only(known: bool, heads: int, kv_heads: int, mo
     mask = causal(rows).expand(2, 1, -1, -1).clone()
     mask[0, :, :, :5] = False
     vision = vision_at(rows, (8, 10)).expand(2, -1)
-    roles = candidate_roles(history, positions, turn_roles(vision, mask, torch.tensor([17, 12])))
+    token_types = candidate_token_types(history, positions, turn_token_types(vision, mask, torch.tensor([17, 12])))
     seen = candidate_mask(mask, positions, vision)
     lse = scaled_dot_product_attention_with_lse(q, k, v, seen, False, 0.4)[1] if known else None
-    mass, score = prefill_scores(q, k, roles, seen, False, 0.4, lse)
+    mass, score = prefill_scores(q, k, token_types, seen, False, 0.4, lse)
     attention = attention_probabilities(q, k, seen, 0.4).mean(1)
-    expected_mass, expected_score = scores_from_attention(attention, seen[:, 0], roles)
-    assert score.shape == (2, columns) and bool((score[roles.valid] > 0).all())
+    expected_mass, expected_score = scores_from_attention(attention, seen[:, 0], token_types)
+    assert score.shape == (2, columns) and bool((score[token_types.valid] > 0).all())
     torch.testing.assert_close(mass, expected_mass, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(score, expected_score, rtol=1e-5, atol=1e-6)
-    _check_in_words(attention, roles, mass, score, columns - rows)
+    _check_in_words(attention, token_types, mass, score, columns - rows)
 
 
-def _check_in_words(attention: Tensor, roles: Roles, mass: Tensor, score: Tensor, first: int) -> None:
+def _check_in_words(attention: Tensor, token_types: TokenTypes, mass: Tensor, score: Tensor, first: int) -> None:
     """Prefill 1, 3 and 4, for the rows that there are, by loops."""
     for sample in range(2):
-        asking = indices(roles.question[sample])
-        seen = indices(roles.vision[sample])
+        asking = indices(token_types.question[sample])
+        seen = indices(token_types.vision[sample])
         a = attention[sample]
         assert float(mass[sample]) == pytest.approx(sum(float(a[i - first, v]) for i in asking for v in seen), rel=1e-4)
         weights = [sum(float(a[i - first, j]) for i in asking if i >= j) / sum(i >= j for i in asking) for j in asking]
         for v in seen[::5]:
             expected = sum(u * float(a[j - first, v]) for u, j in zip(weights, asking, strict=True))
             assert float(score[sample, v]) == pytest.approx(expected, rel=1e-4)
-        rows = [i for i in indices(roles.valid[sample]) if i >= first]
+        rows = [i for i in indices(token_types.valid[sample]) if i >= first]
         for t in [0, asking[1]]:
             expected = sum(float(a[i - first, t]) for i in rows)
             if t not in seen:

@@ -1,4 +1,4 @@
-"""A decode step of fixed shapes: the slot, the suffix and the eviction of the functions that the compiled path is made of."""
+"""A decode step of static shapes: the slot, the suffix and the eviction of the functions that the compiled path is made of."""
 
 from typing import Any
 
@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tgvkv_compile.config import EvictionConfig
-from tgvkv_compile.ops.decoding import choose_eviction, next_protected
-from tgvkv_compile.ops.fixed_decode import fixed_decode_step
+from tgvkv_compile.ops.decode_eviction import choose_eviction, next_protected
 from tgvkv_compile.ops.segments import attend
+from tgvkv_compile.ops.static_decode import static_decode_step
 
 CAPACITY = 12
 
@@ -42,7 +42,7 @@ def test_a_step_is_the_steps_of_the_compiled_path(decode: str, seed: int, sinks:
     had = _cache(seed)
     query, key, value = had["new"]
     slots, total = had["slots"], had["total"]
-    found = fixed_decode_step(
+    found = static_decode_step(
         query, key, value, had["key"], had["value"], slots, had["protect"], had["rate"], total, 0.5, decode, sinks
     )
 
@@ -71,7 +71,7 @@ def test_of_equal_attention_the_earlier_position_goes() -> None:
     query, key, value = (torch.zeros_like(tensor) for tensor in had["new"])
     slots = torch.tensor([[7, 3, 5, -1, 9, 4, 8, 6, 0, 1, 2, -1]] * 2)
     rate, protect, total = torch.tensor([0.1, 0.1]), torch.tensor([8, 8]), torch.tensor([10, 10])
-    found = fixed_decode_step(
+    found = static_decode_step(
         query, key, value, torch.zeros_like(had["key"]), had["value"], slots, protect, rate, total, 0.5, "ratio", 4
     )
     assert found.slot_position.tolist() == [[7, 3, 5, 10, 9, -1, 8, 6, 0, 1, 2, -1]] * 2

@@ -1,7 +1,7 @@
 """A later turn with new vision: budgeting runs again over what the cache still holds and the new tokens.
 
-`docs/algorithm.md`, "Continuation with new vision". The candidates of a layer are its survivors, `W` columns in position
-order (-1 where a sample has fewer), and behind them the `Q` new tokens. Scores, budgets and retention are those of a
+`docs/algorithm.md`, "Later turns of a chat". The candidates of a layer are its survivors, `W` columns in position
+order (-1 where a sample has fewer), and behind them the `Q` new tokens. Scores, budgets and selection are those of a
 prefill; what is particular to a turn stands here.
 """
 
@@ -13,21 +13,21 @@ from torch import Tensor
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.ops.budgeting import Allocation, allocate
 from tgvkv_compile.ops.graph_masks import valid_columns, visible_among_new
-from tgvkv_compile.ops.roles import Roles, token_roles, vision_count
+from tgvkv_compile.ops.token_types import TokenTypes, classify_tokens, vision_count
 
 
-def vision_history(roles: Roles) -> Tensor:
+def vision_history(token_types: TokenTypes) -> Tensor:
     """Returns bool `[B, N]`: which positions of each sample (not columns: padding does not exist) are vision."""
-    nothing = torch.zeros_like(roles.vision)
-    return extend_history(nothing[:, :0], roles)
+    nothing = torch.zeros_like(token_types.vision)
+    return extend_history(nothing[:, :0], token_types)
 
 
-def extend_history(history: Tensor, new: Roles) -> Tensor:
+def extend_history(history: Tensor, new: TokenTypes) -> Tensor:
     """The history of a sample that has gained tokens.
 
     Args:
         history: bool `[B, P]`, which positions are vision, for at least all positions so far.
-        new: The roles of `Q` new tokens, with their true positions.
+        new: The token types of `Q` new tokens, with their true positions.
 
     Returns:
         bool `[B, P + Q]`.
@@ -74,8 +74,8 @@ def whole_rate(past: Tensor, num_layers: int) -> Tensor:
     return past.new_ones((past.shape[0], num_layers), dtype=torch.float32)
 
 
-def turn_roles(vision: Tensor, mask: Tensor | None, lengths: Tensor) -> Roles:
-    """The roles of a turn's tokens, at their true positions; `lengths` of the result are the true total lengths.
+def turn_token_types(vision: Tensor, mask: Tensor | None, lengths: Tensor) -> TokenTypes:
+    """The token types of a turn's tokens, at their true positions; `lengths` of the result are the true total lengths.
 
     The question is the text after the last *new* vision token. A sample without new vision is all question.
 
@@ -85,25 +85,25 @@ def turn_roles(vision: Tensor, mask: Tensor | None, lengths: Tensor) -> Roles:
         lengths: int64 `[B]`, tokens before this turn.
     """
     valid = None if mask is None else valid_columns(mask, lengths)[:, -vision.shape[1] :]
-    roles = token_roles(vision, valid)
-    positions = torch.where(roles.valid, roles.positions + lengths.unsqueeze(1), -1)
-    return roles._replace(positions=positions, lengths=roles.lengths + lengths)
+    token_types = classify_tokens(vision, valid)
+    positions = torch.where(token_types.valid, token_types.positions + lengths.unsqueeze(1), -1)
+    return token_types._replace(positions=positions, lengths=token_types.lengths + lengths)
 
 
-def candidate_roles(history: Tensor, positions: Tensor, new: Roles) -> Roles:
-    """The roles of a layer's candidates: survivors keep theirs, and none of them is in the question.
+def candidate_token_types(history: Tensor, positions: Tensor, new: TokenTypes) -> TokenTypes:
+    """The token types of a layer's candidates: survivors keep theirs, and none of them is in the question.
 
     Args:
         history: bool `[B, P]`, of [`vision_history`][].
         positions: int64 `[B, W]`, of the layer's survivors; -1 where there is none.
-        new: Of [`turn_roles`][].
+        new: Of [`turn_token_types`][].
 
     Returns:
-        Roles of `W + Q` columns.
+        TokenTypes of `W + Q` columns.
     """
     there = positions >= 0
     vision = history.gather(1, positions.clamp(min=0)) & there
-    return Roles(
+    return TokenTypes(
         torch.cat([there, new.valid], dim=1),
         torch.cat([vision, new.vision], dim=1),
         torch.cat([torch.zeros_like(there), new.question], dim=1),
@@ -130,7 +130,12 @@ def candidate_mask(mask: Tensor | None, positions: Tensor, vision: Tensor) -> Te
 
 
 def allocate_again(
-    mass: tuple[Tensor, ...], candidates: tuple[Roles, ...], history: Tensor, new: Roles, keep_rate: Tensor, **options: Any
+    mass: tuple[Tensor, ...],
+    candidates: tuple[TokenTypes, ...],
+    history: Tensor,
+    new: TokenTypes,
+    keep_rate: Tensor,
+    **options: Any,
 ) -> Allocation:
     """`allocate` for a turn: `N` and `|V|` are those of the whole request, and no layer keeps more than there is.
 
@@ -138,18 +143,18 @@ def allocate_again(
 
     Args:
         mass: float32 `[B]` per layer, from the new rows.
-        candidates: Roles per layer, of [`candidate_roles`][].
+        candidates: TokenTypes per layer, of [`candidate_token_types`][].
         history: bool `[B, P]`, which positions before this turn are vision.
-        new: Of [`turn_roles`][].
+        new: Of [`turn_token_types`][].
         keep_rate: float32 `[B, L]`, `r_l` before this turn.
         **options: The fields of `EvictionConfig`.
     """
     config = EvictionConfig(**options)
     everywhere = torch.arange(history.shape[1], device=history.device).expand(history.shape)
-    before = Roles(history, history, torch.zeros_like(history), everywhere, new.lengths)
+    before = TokenTypes(history, history, torch.zeros_like(history), everywhere, new.lengths)
     num_vision = vision_count(before, config=config) + vision_count(new, config=config)
     budget = allocate(torch.stack(mass, dim=1), new.lengths, num_vision, config=config)
-    there = torch.stack([roles.valid.to(torch.int64).sum(1) for roles in candidates], dim=1)
+    there = torch.stack([token_types.valid.to(torch.int64).sum(1) for token_types in candidates], dim=1)
     sees = new.vision.any(1, keepdim=True)
     kept = torch.where(sees, torch.minimum(budget.kept, there), there)
     return Allocation(kept, torch.where(sees, budget.rate, keep_rate))

@@ -12,7 +12,7 @@ _FILL_STEPS = 64
 _FILL_MIN_WEIGHT = 2.0**-30
 
 
-class Room(NamedTuple):
+class Bounds(NamedTuple):
     """What is shared out: per layer `lower … upper` entries, `share` of them on average. All float32 `[B, 1]`."""
 
     share: Tensor
@@ -20,18 +20,18 @@ class Room(NamedTuple):
     upper: Tensor
 
 
-Sharing = Callable[[Tensor, Room], Tensor]
+Sharing = Callable[[Tensor, Bounds], Tensor]
 """From the layers' weights float32 `[B, L]`, which sum to 1, to the entries that each layer wants, float32 `[B, L]`."""
 
 
-def fill(weight: Tensor, room: Room) -> Tensor:
+def fill(weight: Tensor, bounds: Bounds) -> Tensor:
     """Wants `clamp(c * w_l, lower, upper) [B, L]` with `c` such that they sum to `L * share`, found by bisection."""
     weight = weight.clamp(min=_FILL_MIN_WEIGHT)
-    target = room.share * weight.shape[1]
+    target = bounds.share * weight.shape[1]
     low = torch.zeros_like(target)
-    high = room.upper / weight.amin(1, keepdim=True)
+    high = bounds.upper / weight.amin(1, keepdim=True)
     for _ in range(_FILL_STEPS):
         middle = (low + high) * 0.5
-        over = (middle * weight).clamp(room.lower, room.upper).sum(1, keepdim=True) > target
+        over = (middle * weight).clamp(bounds.lower, bounds.upper).sum(1, keepdim=True) > target
         low, high = torch.where(over, low, middle), torch.where(over, middle, high)
-    return (high * weight).clamp(room.lower, room.upper)
+    return (high * weight).clamp(bounds.lower, bounds.upper)
