@@ -46,8 +46,8 @@ def go_on(state: CompactState, layer: int, number: int) -> Tensor:
 
 def in_halves(state: CompactState, layer: int, number: int) -> Tensor:
     """As `tensor_parallel_decode_step`, without the mean over ranks."""
-    output, attention = torch.ops.tgvkv.attend_step(*SINGLE[number], *state[:6], state.lengths, layer, 0.5)
-    torch.ops.tgvkv.evict_step(attention, *state[2:], layer, "fixed", 2)
+    output, attention = torch.ops.tgvkv.attend_step(*SINGLE[number], *state, layer, 0.5)
+    torch.ops.tgvkv.evict_step(attention, *state, layer, "fixed", 2)
     return output
 
 

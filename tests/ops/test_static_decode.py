@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.ops.decode_eviction import choose_eviction, next_protected
 from tgvkv_compile.ops.segments import attend
-from tgvkv_compile.ops.static_decode import static_decode_step
+from tgvkv_compile.ops.static_decode import LayerState, static_decode_step
 
 CAPACITY = 12
 
@@ -43,7 +43,7 @@ def test_a_step_is_the_steps_of_the_compiled_path(decode: str, seed: int, sinks:
     query, key, value = had["new"]
     slots, total = had["slots"], had["total"]
     found = static_decode_step(
-        query, key, value, had["key"], had["value"], slots, had["protect"], had["rate"], total, 0.5, decode, sinks
+        query, key, value, LayerState(had["key"], had["value"], slots, had["protect"], had["rate"], total), 0.5, decode, sinks
     )
 
     free = [int((row < 0).nonzero()[0]) for row in slots]
@@ -71,7 +71,6 @@ def test_of_equal_attention_the_earlier_position_goes() -> None:
     query, key, value = (torch.zeros_like(tensor) for tensor in had["new"])
     slots = torch.tensor([[7, 3, 5, -1, 9, 4, 8, 6, 0, 1, 2, -1]] * 2)
     rate, protect, total = torch.tensor([0.1, 0.1]), torch.tensor([8, 8]), torch.tensor([10, 10])
-    found = static_decode_step(
-        query, key, value, torch.zeros_like(had["key"]), had["value"], slots, protect, rate, total, 0.5, "ratio", 4
-    )
+    state = LayerState(torch.zeros_like(had["key"]), had["value"], slots, protect, rate, total)
+    found = static_decode_step(query, key, value, state, 0.5, "ratio", 4)
     assert found.slot_position.tolist() == [[7, 3, 5, 10, 9, -1, 8, 6, 0, 1, 2, -1]] * 2

@@ -1,58 +1,47 @@
 """Custom op `tgvkv::continue_step`: several new tokens join a layer's segment and attend; nothing is evicted."""
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor, library
 
 from tgvkv_compile.ops.graph_masks import valid_columns, visible_among_new
 from tgvkv_compile.ops.segments import attend_segment
-from tgvkv_compile.ops.state import CompactState
+from tgvkv_compile.ops.state import WRITTEN_BY_STEPS, CompactState, state_schema
 
 
 @library.custom_op(
     "tgvkv::continue_step",
-    mutates_args=("key_arena", "value_arena", "slot_position", "segment_len", "next_slot", "protect_from"),
+    mutates_args=WRITTEN_BY_STEPS,
+    schema=f"(Tensor query, Tensor key, Tensor value, Tensor? mask, {state_schema(*WRITTEN_BY_STEPS)}, "
+    "SymInt layer, float scale) -> Tensor",
 )
-def _continue_step(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    key_arena: Tensor,
-    value_arena: Tensor,
-    slot_position: Tensor,
-    segment_start: Tensor,
-    segment_len: Tensor,
-    next_slot: Tensor,
-    protect_from: Tensor,
-    keep_rate: Tensor,
-    lengths: Tensor,
-    layer: int,
-    scale: float,
-) -> Tensor:
+def _continue_step(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *rest: Any) -> Tensor:
+    *tensors, layer, scale = rest
+    state = CompactState(*tensors)
     batch, _, count, _ = query.shape
     device = query.device
     among_new = visible_among_new(mask, batch, count, device)  # [B, Q, Q]
     valid = among_new[:, -1]  # [B, Q]
     rank = valid.long().cumsum(1) - 1
-    start, length = segment_start[:, layer], segment_len[:, layer]
+    start, length, lengths = state.segment_start[:, layer], state.segment_len[:, layer], state.lengths
     # The first new token fills the slot that was evicted last, the others go behind the segment's end.
-    slot = torch.where(rank == 0, next_slot[:, layer, None], start[:, None] + length[:, None] + rank)
-    slot = torch.where(valid, slot, slot_position.shape[1] - 1)
+    slot = torch.where(rank == 0, state.next_slot[:, layer, None], start[:, None] + length[:, None] + rank)
+    slot = torch.where(valid, slot, state.slot_position.shape[1] - 1)
     samples = torch.arange(batch, device=device)[:, None]
-    key_arena[samples, :, slot] = key.transpose(1, 2).to(key_arena.dtype)
-    value_arena[samples, :, slot] = value.transpose(1, 2).to(value_arena.dtype)
+    state.key_arena[samples, :, slot] = key.transpose(1, 2).to(state.key_arena.dtype)
+    state.value_arena[samples, :, slot] = value.transpose(1, 2).to(state.value_arena.dtype)
     position = torch.where(valid, lengths[:, None] + rank, -1)
-    slot_position[samples, slot] = position.to(slot_position.dtype)
+    state.slot_position[samples, slot] = position.to(state.slot_position.dtype)
 
     grown = length + valid.sum(1)
     sees = functools.partial(_visible, among_new=among_new, valid=valid, rank=rank, lengths=lengths)
-    seen = attend_segment(query, key_arena, value_arena, slot_position, start, grown, scale, sees)
+    seen = attend_segment(query, state, start, grown, scale, sees)
 
-    segment_len[:, layer] = grown
-    next_slot[:, layer] = start + grown
-    protect_from[:, layer] = lengths
+    state.segment_len[:, layer] = grown
+    state.next_slot[:, layer] = start + grown
+    state.protect_from[:, layer] = lengths
     return seen.output
 
 

@@ -10,21 +10,11 @@ from tgvkv_compile.ops import kernels
 from tgvkv_compile.ops.decode_eviction import choose_eviction, next_protected
 from tgvkv_compile.ops.kernels.cpu import decode as cpu_decode
 from tgvkv_compile.ops.segments import attend_segment
-from tgvkv_compile.ops.state import CompactState
+from tgvkv_compile.ops.state import WRITTEN_BY_STEPS, CompactState, state_schema
 
 
 def append_and_attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_arena: Tensor,
-    value_arena: Tensor,
-    slot_position: Tensor,
-    start: Tensor,
-    length: Tensor,
-    slot: Tensor,
-    lengths: Tensor,
-    scale: float,
+    query: Tensor, key: Tensor, value: Tensor, state: CompactState, layer: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The new token goes to its slot and attends to its segment; the arenas and `slot_position` are updated in place.
 
@@ -32,67 +22,43 @@ def append_and_attend(
         query: `[B, H, 1, D]`.
         key: `[B, Hkv, 1, D]`.
         value: `[B, Hkv, 1, D]`.
-        key_arena: `[B, Hkv, T, D]`.
-        value_arena: `[B, Hkv, T, D]`.
-        slot_position: int32 `[B, T]`.
-        start: int64 `[B]`, first slot of the layer.
-        length: int64 `[B]`, its entries, the new one included.
-        slot: int64 `[B]`, where the new one goes.
-        lengths: int64 `[B]`, tokens before this one.
+        state: Before this token.
+        layer: Which segment.
         scale: What `q @ k` is multiplied by.
 
     Returns:
         `(output [B, H, 1, D], head-mean attention float32 [B, W], positions int64 [B, W])`, of the segment's `W` entries.
     """
     samples = torch.arange(query.shape[0], device=query.device)
+    slot = state.next_slot[:, layer]
     # Under autocast a step's keys or values may have another dtype than the prompt's.
-    key_arena[samples, :, slot] = key[:, :, 0].to(key_arena.dtype)
-    value_arena[samples, :, slot] = value[:, :, 0].to(value_arena.dtype)
-    slot_position[samples, slot] = lengths.to(slot_position.dtype)
-    seen = attend_segment(query, key_arena, value_arena, slot_position, start, length, scale)
+    state.key_arena[samples, :, slot] = key[:, :, 0].to(state.key_arena.dtype)
+    state.value_arena[samples, :, slot] = value[:, :, 0].to(state.value_arena.dtype)
+    state.slot_position[samples, slot] = state.lengths.to(state.slot_position.dtype)
+    seen = attend_segment(query, state, state.segment_start[:, layer], state.segment_len[:, layer] + 1, scale)
     return seen.output, seen.attention[:, 0], seen.positions
 
 
-def evict(
-    attention: Tensor,
-    positions: Tensor,
-    slot_position: Tensor,
-    segment_start: Tensor,
-    segment_len: Tensor,
-    next_slot: Tensor,
-    protect_from: Tensor,
-    keep_rate: Tensor,
-    lengths: Tensor,
-    *,
-    layer: int,
-    decode: str,
-    sink_tokens: int,
-) -> None:
+def evict(attention: Tensor, positions: Tensor, state: CompactState, *, layer: int, decode: str, sink_tokens: int) -> None:
     """Frees the slot that the step looked at least, if one is due; the bookkeeping of `layer` is updated in place.
 
     Args:
         attention: float32 `[B, W]`, the step's head-mean attention to the segment's entries.
         positions: int64 `[B, W]`, of the entries, -1 where empty.
-        slot_position: This and the following as in `CompactState`; `segment_len` does not count the new token yet.
-        segment_start: As there.
-        segment_len: As there.
-        next_slot: As there.
-        protect_from: As there.
-        keep_rate: As there.
-        lengths: As there, tokens before this one.
+        state: Its `segment_len` and `lengths` do not count the new token yet.
         layer: Which segment.
         decode: `"ratio"`, `"fixed"` or `"keep"`.
         sink_tokens: How many first positions are never evicted.
     """
-    start, length = segment_start[:, layer], segment_len[:, layer] + 1
-    protected = next_protected(positions, protect_from[:, layer])
+    start, length = state.segment_start[:, layer], state.segment_len[:, layer] + 1
+    protected = next_protected(positions, state.protect_from[:, layer])
     config = EvictionConfig(decode=decode, sink_tokens=sink_tokens)  # type: ignore[arg-type]
     evicted = choose_eviction(
         attention,
         positions,
         length,
-        lengths + 1,
-        keep_rate[:, layer],
+        state.lengths + 1,
+        state.keep_rate[:, layer],
         protected,
         config=config,
     )
@@ -100,46 +66,28 @@ def evict(
     freed = torch.where(evicts, start + evicted, start + length)
     remaining = length - evicts.to(length.dtype)
     # Where nothing is evicted this writes a slot that is free already: -1 over -1.
-    last = slot_position.shape[1] - 1
+    last = state.slot_position.shape[1] - 1
     freed_or_scrap = torch.where(evicts, freed, last)
-    slot_position[torch.arange(len(freed), device=freed.device), freed_or_scrap] = -1
-    segment_len[:, layer] = remaining
-    next_slot[:, layer] = freed
-    protect_from[:, layer] = protected
+    state.slot_position[torch.arange(len(freed), device=freed.device), freed_or_scrap] = -1
+    state.segment_len[:, layer] = remaining
+    state.next_slot[:, layer] = freed
+    state.protect_from[:, layer] = protected
 
 
 # Not `custom_op`: its wrapper takes longer than the rest of a short step's bookkeeping, in every layer.
 library.define(
     "tgvkv::decode_step",
-    "(Tensor query, Tensor key, Tensor value, Tensor(a!) key_arena, Tensor(b!) value_arena, Tensor(c!) slot_position, "
-    "Tensor segment_start, Tensor(d!) segment_len, Tensor(e!) next_slot, Tensor(f!) protect_from, Tensor keep_rate, "
-    "Tensor lengths, SymInt layer, float scale, str decode, SymInt sink_tokens) -> Tensor",
+    f"(Tensor query, Tensor key, Tensor value, {state_schema(*WRITTEN_BY_STEPS)}, "
+    "SymInt layer, float scale, str decode, SymInt sink_tokens) -> Tensor",
 )
 
 
-def _decode_step(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_arena: Tensor,
-    value_arena: Tensor,
-    slot_position: Tensor,
-    segment_start: Tensor,
-    segment_len: Tensor,
-    next_slot: Tensor,
-    protect_from: Tensor,
-    keep_rate: Tensor,
-    lengths: Tensor,
-    layer: int,
-    scale: float,
-    decode: str,
-    sink_tokens: int,
-) -> Tensor:
-    arenas = (key_arena, value_arena, slot_position)
-    where = (segment_start[:, layer], segment_len[:, layer] + 1, next_slot[:, layer])
-    output, attention, positions = append_and_attend(query, key, value, *arenas, *where, lengths, scale)
-    books = (slot_position, segment_start, segment_len, next_slot, protect_from, keep_rate, lengths)
-    evict(attention, positions, *books, layer=layer, decode=decode, sink_tokens=sink_tokens)
+def _decode_step(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+    """The plain functions, on any device."""
+    *state, layer, scale, decode, sink_tokens = rest
+    compact = CompactState(*state)
+    output, attention, positions = append_and_attend(query, key, value, compact, layer, scale)
+    evict(attention, positions, compact, layer=layer, decode=decode, sink_tokens=sink_tokens)
     return output
 
 
@@ -159,16 +107,17 @@ def _decode_step_on_cpu(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -
 library.impl("tgvkv::decode_step", "cpu", _decode_step_on_cpu)
 
 
-def _decode_step_on_cuda(query: Tensor, key: Tensor, value: Tensor, key_arena: Tensor, *rest: Any) -> Tensor:
+def _decode_step_on_cuda(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
     """Two Triton kernels; the plain functions for a dtype or head dim that these are not made for."""
     if not kernels.available():
-        return _decode_step(query, key, value, key_arena, *rest)
+        return _decode_step(query, key, value, *rest)
     from tgvkv_compile.ops.kernels import decode as fused
 
-    if not fused.fused_applies(query, key_arena, rest[0]):
-        return _decode_step(query, key, value, key_arena, *rest)
     *state, layer, scale, decode, sink_tokens = rest
-    return fused.fused_decode_step(query, key, value, CompactState(key_arena, *state), layer, scale, decode, sink_tokens)
+    compact = CompactState(*state)
+    if not fused.fused_applies(query, compact):
+        return _decode_step(query, key, value, *rest)
+    return fused.fused_decode_step(query, key, value, compact, layer, scale, decode, sink_tokens)
 
 
 library.impl("tgvkv::decode_step", "cuda", _decode_step_on_cuda)

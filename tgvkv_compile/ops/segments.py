@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tgvkv_compile.ops.probabilities import attention_probabilities, exact_matmul, masked_softmax
+from tgvkv_compile.ops.state import CompactState
 
 
 class Attended(NamedTuple):
@@ -25,9 +26,7 @@ class Attended(NamedTuple):
 
 def attend_segment(
     query: Tensor,
-    key_arena: Tensor,
-    value_arena: Tensor,
-    slot_position: Tensor,
+    state: CompactState,
     start: Tensor,
     used: Tensor,
     scale: float,
@@ -41,14 +40,13 @@ def attend_segment(
 
     Args:
         query: `[B, H, Q, D]`.
-        key_arena: `[B, Hkv, T, D]`.
-        value_arena: `[B, Hkv, T, D]`.
-        slot_position: int32 `[B, T]`.
+        state: Its arenas and `slot_position` are read, no more.
         start: int64 `[B]`.
         used: int64 `[B]`.
         scale: What `q @ k` is multiplied by.
         sees: Given positions `[B, W]`, tells which of them each query sees, bool `[B, Q, W]`; all that are occupied by default.
     """
+    key_arena, value_arena, slot_position = state.key_arena, state.value_arena, state.slot_position
     if key_arena.device.type != "cpu":
         width = key_arena.shape[2]
         positions = segment_positions(slot_position, start, used, width)
@@ -57,14 +55,12 @@ def attend_segment(
         key, value = key_arena.gather(2, index), value_arena.gather(2, index)
         output, attention = attend(query, key, value, visible[:, None], scale)
         return Attended(output, attention, positions)
-    return _attend_apart(query, key_arena, value_arena, slot_position, start, used, scale, sees)
+    return _attend_apart(query, state, start, used, scale, sees)
 
 
 def _attend_apart(
     query: Tensor,
-    key_arena: Tensor,
-    value_arena: Tensor,
-    slot_position: Tensor,
+    state: CompactState,
     start: Tensor,
     used: Tensor,
     scale: float,
@@ -72,23 +68,23 @@ def _attend_apart(
 ) -> Attended:
     """[`attend_segment`][] sample by sample, on the slots where they lie; only logits are padded to the longest sample."""
     batch, heads, queries, dim = query.shape
-    kv_heads = key_arena.shape[1]
+    kv_heads = state.key_arena.shape[1]
     lengths = used.tolist()
     slots = [slice(first, first + length) for first, length in zip(start.tolist(), lengths, strict=True)]
-    positions = segment_positions(slot_position, start, used, max(lengths))
+    positions = segment_positions(state.slot_position, start, used, max(lengths))
     grouped = (query.to(torch.float32) * scale).reshape(batch, kv_heads, heads // kv_heads * queries, dim)
     logits = grouped.new_full((*grouped.shape[:3], positions.shape[1]), torch.finfo(torch.float32).min)
     output = torch.empty_like(grouped)
     with torch.autocast(query.device.type, enabled=False):  # it would round both operands
         for sample, part in enumerate(slots):
-            key = key_arena[sample, :, part].to(torch.float32)
+            key = state.key_arena[sample, :, part].to(torch.float32)
             logits[sample, ..., : lengths[sample]] = torch.bmm(grouped[sample], key.transpose(1, 2))
         probabilities = masked_softmax(
             logits.view(batch, heads, queries, -1), None if sees is None else sees(positions)[:, None]
         )
         shares = probabilities.view(logits.shape)
         for sample, part in enumerate(slots):
-            value = value_arena[sample, :, part].to(torch.float32)
+            value = state.value_arena[sample, :, part].to(torch.float32)
             torch.bmm(shares[sample, ..., : lengths[sample]], value, out=output[sample])
     return Attended(output.view(query.shape).to(query.dtype), probabilities.mean(1), positions)
 

@@ -1,5 +1,6 @@
 """The tensors of a compact cache, in the order in which rewritten graphs take and return them."""
 
+import string
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -31,6 +32,22 @@ class CompactState(NamedTuple):
     protect_from: Tensor
     keep_rate: Tensor
     lengths: Tensor
+
+
+WRITTEN_BY_STEPS = ("key_arena", "value_arena", "slot_position", "segment_len", "next_slot", "protect_from")
+"""What a step changes in place, whether of one token or of several."""
+
+
+def state_schema(*written: str) -> str:
+    """A [`CompactState`][] as arguments of an op's schema: custom ops take tensors one by one.
+
+    Args:
+        *written: The fields that the op writes to.
+    """
+    letters = dict(zip(written, string.ascii_lowercase, strict=False))
+    return ", ".join(
+        f"Tensor({letters[name]}!) {name}" if name in letters else f"Tensor {name}" for name in CompactState._fields
+    )
 
 
 class Prefilled(NamedTuple):

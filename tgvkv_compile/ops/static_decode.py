@@ -15,6 +15,26 @@ from tgvkv_compile.ops.segments import attend
 _FAR = 2.0**25  # beyond every position and slot
 
 
+class LayerState(NamedTuple):
+    """A layer's cache before a step.
+
+    Attributes:
+        key: `[B, Hkv, C, D]`, with a free slot in every sample.
+        value: `[B, Hkv, C, D]`.
+        slot_position: int64 `[B, C]`, the position in each slot, -1 where it is free.
+        protect_from: int64 `[B]`, first position of the protected suffix.
+        keep_rate: float32 `[B]`, `r_l`.
+        lengths: int64 `[B]`, tokens before this one.
+    """
+
+    key: Tensor
+    value: Tensor
+    slot_position: Tensor
+    protect_from: Tensor
+    keep_rate: Tensor
+    lengths: Tensor
+
+
 class Stepped(NamedTuple):
     """What a step leaves.
 
@@ -34,18 +54,7 @@ class Stepped(NamedTuple):
 
 
 def static_decode_step(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    slot_position: Tensor,
-    protect_from: Tensor,
-    keep_rate: Tensor,
-    lengths: Tensor,
-    scale: float,
-    decode: str,
-    sink_tokens: int,
+    query: Tensor, key: Tensor, value: Tensor, state: LayerState, scale: float, decode: str, sink_tokens: int
 ) -> Stepped:
     """Appends the new token, attends, and frees the slot that was looked at least, if one is due (algorithm, Decode 1 to 4).
 
@@ -53,27 +62,22 @@ def static_decode_step(
         query: `[B, H, 1, D]`.
         key: The new token's keys, `[B, Hkv, 1, D]`.
         value: The new token's values, `[B, Hkv, 1, D]`.
-        key_cache: `[B, Hkv, C, D]`, with a free slot in every sample.
-        value_cache: `[B, Hkv, C, D]`.
-        slot_position: int64 `[B, C]`, the position in each slot, -1 where it is free.
-        protect_from: int64 `[B]`, first position of the protected suffix, before this step.
-        keep_rate: float32 `[B]`, `r_l`.
-        lengths: int64 `[B]`, tokens before this one.
+        state: Of the layer, before this step; nothing of it is written to.
         scale: What `q @ k` is multiplied by.
         decode: `"ratio"`, `"fixed"` or `"keep"`.
         sink_tokens: How many first positions are never evicted.
     """
-    slots = torch.arange(slot_position.shape[1], device=query.device).to(torch.float32)
-    positions, new = slot_position.to(torch.float32), lengths.to(torch.float32).unsqueeze(1)
+    slots = torch.arange(state.slot_position.shape[1], device=query.device).to(torch.float32)
+    positions, new = state.slot_position.to(torch.float32), state.lengths.to(torch.float32).unsqueeze(1)
     slot = torch.where(positions < 0.0, slots, _FAR).amin(1, keepdim=True)
     index = slot.to(torch.int64)[:, None, :, None].expand(key.shape)
-    key_cache = key_cache.scatter(2, index, key.to(key_cache.dtype))
-    value_cache = value_cache.scatter(2, index, value.to(value_cache.dtype))
+    key_cache = state.key.scatter(2, index, key.to(state.key.dtype))
+    value_cache = state.value.scatter(2, index, value.to(state.value.dtype))
     positions = torch.where(slots == slot, new, positions)
     output, attention = attend(query, key_cache, value_cache, (positions >= 0.0)[:, None, None], scale)
-    protected = _next_protected(positions, protect_from.to(torch.float32).unsqueeze(1))
+    protected = _next_protected(positions, state.protect_from.to(torch.float32).unsqueeze(1))
     config = EvictionConfig(decode=decode, sink_tokens=sink_tokens)  # type: ignore[arg-type]
-    goes = _evicted(attention[:, 0], positions, new + 1.0, keep_rate.unsqueeze(1), protected, config)
+    goes = _evicted(attention[:, 0], positions, new + 1.0, state.keep_rate.unsqueeze(1), protected, config)
     positions = torch.where(goes, -1.0, positions)
     return Stepped(output, key_cache, value_cache, positions.to(torch.int64), protected.squeeze(1).to(torch.int64))
 

@@ -9,14 +9,14 @@ An all-reduce hands every rank the same bits, and all decisions are made of what
 """
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, library
 
 from tgvkv_compile.ops.decode_step import append_and_attend, evict
 from tgvkv_compile.ops.segments import segment_positions
-from tgvkv_compile.ops.state import CompactState
+from tgvkv_compile.ops.state import CompactState, state_schema
 from tgvkv_compile.ops.weighing import Walk, Weighed
 
 
@@ -57,26 +57,22 @@ def over_ranks(walk: Walk, heads: int, group: str) -> Walk:
     return walk_all
 
 
-@library.custom_op("tgvkv::attend_step", mutates_args=("key_arena", "value_arena", "slot_position"))
-def _attend_step(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_arena: Tensor,
-    value_arena: Tensor,
-    slot_position: Tensor,
-    segment_start: Tensor,
-    segment_len: Tensor,
-    next_slot: Tensor,
-    lengths: Tensor,
-    layer: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+_WRITTEN_BY_ATTENTION = ("key_arena", "value_arena", "slot_position")
+_WRITTEN_BY_EVICTION = ("slot_position", "segment_len", "next_slot", "protect_from")
+
+
+@library.custom_op(
+    "tgvkv::attend_step",
+    mutates_args=_WRITTEN_BY_ATTENTION,
+    schema=f"(Tensor query, Tensor key, Tensor value, {state_schema(*_WRITTEN_BY_ATTENTION)}, SymInt layer, float scale) "
+    "-> (Tensor, Tensor)",
+)
+def _attend_step(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """The first half of a step: the output, and this rank's mean attention to the segment, `[B, T]`, 0 behind its end."""
-    arenas = (key_arena, value_arena, slot_position)
-    where = (segment_start[:, layer], segment_len[:, layer] + 1, next_slot[:, layer])
-    output, attention, _ = append_and_attend(query, key, value, *arenas, *where, lengths, scale)
-    return output, torch.nn.functional.pad(attention, (0, slot_position.shape[1] - attention.shape[1]))
+    *tensors, layer, scale = rest
+    state = CompactState(*tensors)
+    output, attention, _ = append_and_attend(query, key, value, state, layer, scale)
+    return output, torch.nn.functional.pad(attention, (0, state.slot_position.shape[1] - attention.shape[1]))
 
 
 @_attend_step.register_fake
@@ -85,25 +81,18 @@ def _(query: Tensor, key: Tensor, value: Tensor, key_arena: Tensor, *_: object) 
     return output, query.new_empty((query.shape[0], key_arena.shape[2]), dtype=torch.float32)
 
 
-@library.custom_op("tgvkv::evict_step", mutates_args=("slot_position", "segment_len", "next_slot", "protect_from"))
-def _evict_step(
-    attention: Tensor,
-    slot_position: Tensor,
-    segment_start: Tensor,
-    segment_len: Tensor,
-    next_slot: Tensor,
-    protect_from: Tensor,
-    keep_rate: Tensor,
-    lengths: Tensor,
-    layer: int,
-    decode: str,
-    sink_tokens: int,
-) -> None:
+@library.custom_op(
+    "tgvkv::evict_step",
+    mutates_args=_WRITTEN_BY_EVICTION,
+    schema=f"(Tensor attention, {state_schema(*_WRITTEN_BY_EVICTION)}, SymInt layer, str decode, SymInt sink_tokens) -> ()",
+)
+def _evict_step(attention: Tensor, *rest: Any) -> None:
     """The second half of a step: chooses by the attention `[B, T]` of all heads."""
-    length = segment_len[:, layer] + 1
-    positions = segment_positions(slot_position, segment_start[:, layer], length, attention.shape[1])
-    books = (slot_position, segment_start, segment_len, next_slot, protect_from, keep_rate, lengths)
-    evict(attention, positions, *books, layer=layer, decode=decode, sink_tokens=sink_tokens)
+    *tensors, layer, decode, sink_tokens = rest
+    state = CompactState(*tensors)
+    start, length = state.segment_start[:, layer], state.segment_len[:, layer] + 1
+    positions = segment_positions(state.slot_position, start, length, attention.shape[1])
+    evict(attention, positions, state, layer=layer, decode=decode, sink_tokens=sink_tokens)
 
 
 @_evict_step.register_fake
@@ -140,21 +129,8 @@ def tensor_parallel_decode_step(
         The attention output of this rank's heads, `[B, H, 1, D]`, dtype of `query`.
     """
     output: Tensor
-    output, attention = torch.ops.tgvkv.attend_step(
-        query,
-        key,
-        value,
-        state.key_arena,
-        state.value_arena,
-        state.slot_position,
-        state.segment_start,
-        state.segment_len,
-        state.next_slot,
-        state.lengths,
-        layer,
-        scale,
-    )
+    output, attention = torch.ops.tgvkv.attend_step(query, key, value, *state, layer, scale)
     if decode != "keep":  # nothing is chosen then, and nobody needs to know what the others saw
         attention = mean_over_ranks(attention, query.shape[1], group)
-    torch.ops.tgvkv.evict_step(attention, *state[2:], layer, decode, sink_tokens)
+    torch.ops.tgvkv.evict_step(attention, *state, layer, decode, sink_tokens)
     return output

@@ -8,7 +8,7 @@ from tgvkv_compile.fx.insert import insert_call, insert_item, insert_placeholder
 from tgvkv_compile.fx.meta import output_nodes
 from tgvkv_compile.ops.continue_step import advance_lengths
 from tgvkv_compile.ops.packing import by_layer
-from tgvkv_compile.ops.static_decode import stack_layers, static_decode_step
+from tgvkv_compile.ops.static_decode import LayerState, stack_layers, static_decode_step
 from tgvkv_compile.ops.static_shapes import PackedLayer
 from tgvkv_compile.passes.cached import drop_pasts, past_inputs
 from tgvkv_compile.passes.rewrite import Rewrite, StaticDecode
@@ -27,7 +27,7 @@ def insert_fixed_decode(rewrite: Rewrite) -> None:
     After::
 
         %key_l, %value_l, %slot_position_l, ..., %protect_from, %keep_rate, %lengths = placeholders
-        %tgvkv_step_l : Stepped      = static_decode_step(%q_l, %k_l, %v_l, %key_l, %value_l, %slot_position_l, ...)
+        %tgvkv_step_l : Stepped      = static_decode_step(%q_l, %k_l, %v_l, <LayerState>, ...)
         %out_l        : [B, H, 1, D] = %tgvkv_step_l.output
         return (%logits, key_0, value_0, slot_position_0, ..., protect_from, advance_lengths(%lengths))
 
@@ -44,28 +44,19 @@ def insert_fixed_decode(rewrite: Rewrite) -> None:
         columns = [(value, insert_call(gm, by_layer, value, name=f"tgvkv_{value.name}_columns")) for value in (protect, rate)]
     for layer, site in enumerate(plan.sites):
         with gm.graph.inserting_before(site.node):
-            own: Any = [insert_item(gm, column, layer, name=f"tgvkv_{value.name}_{layer}") for value, column in columns]
-            step = insert_call(
-                gm,
-                static_decode_step,
-                site.query,
-                site.key.new,
-                site.value.new,
-                *(inputs[f"{part}_{layer}"] for part in PackedLayer._fields),
-                *own,
-                lengths,
-                site.scale,
-                config.decode,
-                config.sink_tokens,
-                name=f"tgvkv_step_{layer}",
-            )
+            own: list[Any] = [inputs[f"{part}_{layer}"] for part in PackedLayer._fields]
+            own += [insert_item(gm, column, layer, name=f"tgvkv_{value.name}_{layer}") for value, column in columns]
+            state = LayerState(*(*own, lengths))
+            new = (site.query, site.key.new, site.value.new)
+            options = (site.scale, config.decode, config.sink_tokens)
+            step = insert_call(gm, static_decode_step, *new, state, *options, name=f"tgvkv_step_{layer}")
             out = insert_item(gm, step, "output", name=f"tgvkv_output_{layer}")
             returned += [insert_item(gm, step, part, name=f"tgvkv_next_{part}_{layer}") for part in PackedLayer._fields]
             protected.append(insert_item(gm, step, "protect_from", name=f"tgvkv_next_protect_from_{layer}"))
         site.node.replace_all_uses_with(out)
     with gm.graph.inserting_before(gm.graph.output_node()):
         following = insert_call(gm, stack_layers, tuple(protected), name="tgvkv_next_protect_from")
-        new = plan.sites[0].key.new
-        advanced = insert_call(gm, advance_lengths, lengths, None, new, name="tgvkv_next_lengths")
+        token = plan.sites[0].key.new
+        advanced = insert_call(gm, advance_lengths, lengths, None, token, name="tgvkv_next_lengths")
     gm.graph.output_node().args = ((*returned, following, advanced),)
     drop_pasts(gm, past_inputs(plan))

@@ -56,7 +56,15 @@ def select_candidates(
     arena = new_arena(*kv[0], round_slots(int(capacity.sum(1).max()) + 1))
     for layer, ((key, value), choice) in enumerate(zip(kv, choices, strict=True)):
         evict_into(arena, key, value, choice.keep, choice.positions, start[:, layer])
-    return CompactState(*arena, start, kept, start + kept, decided.protect_from, rate, lengths)
+    return CompactState(
+        *arena,
+        segment_start=start,
+        segment_len=kept,
+        next_slot=start + kept,
+        protect_from=decided.protect_from,
+        keep_rate=rate,
+        lengths=lengths,
+    )
 
 
 _Key = tuple[Any, ...]

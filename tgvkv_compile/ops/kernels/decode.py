@@ -66,9 +66,9 @@ def decode_launch(
     return DecodeLaunch(padded, rows, block, splits, programs, min(16, next_power(heads)), 4 if halves or group == 1 else 8)
 
 
-def fused_applies(query: Tensor, key_arena: Tensor, value_arena: Tensor) -> bool:
+def fused_applies(query: Tensor, state: CompactState) -> bool:
     """Whether the kernels are made for these dtypes and this head dim (float64 and huge heads go the plain way)."""
-    return {query.dtype, key_arena.dtype, value_arena.dtype} <= _DTYPES and query.shape[3] <= _MAX_DIM
+    return {query.dtype, state.key_arena.dtype, state.value_arena.dtype} <= _DTYPES and query.shape[3] <= _MAX_DIM
 
 
 def fused_decode_step(
