@@ -8,17 +8,15 @@ the one before it left. Contenders take turns; medians.
     python -m bench.answers --layers 2 --hidden 64 --pictures 3 --batches 1 --rounds 1      # to see that it runs
 """
 
-import argparse
 import dataclasses
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from bench import first_answers, record, table
 from bench.answering import Answers, Task
-from bench.arguments import Parser, add_compiler, at_least_one, fraction, listed
+from bench.arguments import Parser, add_budget, add_compiler, add_files, at_least_one, listed, plain_parser
 from bench.crossing import pace, pairs
 from bench.errors import BenchError, exit_code
 from bench.photos import MOST, grids
@@ -42,8 +40,8 @@ def main() -> None:
     tasks = _tasks(args, preset)
     mode, axis = ("first", "layers") if args.first else ("answers", "batch")
     found = {
-        **record.header("bench.answers", None if args.first else preset),
-        **{"preset_name": PRESET, "budget": args.budget, "compiler": args.compiler, "new_tokens": args.new_tokens},
+        **record.header("bench.answers", PRESET, None if args.first else preset),
+        **{"budget": args.budget, "compiler": args.compiler, "new_tokens": args.new_tokens},
         **{"threads": args.threads, "pictures": grids(2 if args.first else args.pictures)},
     }
 
@@ -51,19 +49,16 @@ def main() -> None:
         found[mode] = [{axis: at, **_point(runs[at])} for at in runs]
         if args.first:
             found["goals"] = first_answers.goals(found[mode])
-        if args.json is not None:
-            record.write(found, args.json)
+        record.write(found, args.json)
 
     in_turns(axis, tasks, names, args.rounds, args.limit, write)
     text = first_answers.markdown(found) if args.first else markdown(found)
-    if args.markdown is not None:
-        args.markdown.parent.mkdir(parents=True, exist_ok=True)
-        args.markdown.write_text(f"{text}\n", encoding="utf-8")
+    record.write_text(text, args.markdown)
     sys.stdout.write(f"{text}\n")
 
 
 def _options() -> Parser:
-    options = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = plain_parser(__doc__)
     options.add_argument("--first", action="store_true", help="two pictures, at several depths of the decoder")
     options.add_argument("--layers", type=at_least_one, help="decoder layers")
     options.add_argument("--depths", type=listed(at_least_one), default=[4, 8, 24], help="with --first: layers, by comma")
@@ -71,13 +66,12 @@ def _options() -> Parser:
     options.add_argument("--pictures", type=at_least_one, default=10, help="requests of a process, each of another size")
     options.add_argument("--batches", type=listed(at_least_one), default=[1, 4], help="samples of a request, by comma")
     options.add_argument("--new-tokens", type=at_least_one, default=32, help="of an answer")
-    options.add_argument("--budget", type=fraction, default=0.05, help="fraction of KV that tgvkv keeps")
+    add_budget(options)
     options.add_argument("--contenders", type=listed(str), help=f"some of {', '.join(ORDER)}, by comma")
     options.add_argument("--rounds", type=at_least_one, default=3, help="processes of each contender")
     options.add_argument("--threads", type=at_least_one, default=2, help="torch's threads")
     options.add_argument("--limit", type=at_least_one, default=LIMIT, help="seconds that a process may take")
-    options.add_argument("--json", type=Path, help="file to write")
-    options.add_argument("--markdown", type=Path, help="file to write")
+    add_files(options, "json", "markdown")
     add_compiler(options)
     return options
 

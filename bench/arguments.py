@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -20,9 +21,14 @@ class Parser(argparse.ArgumentParser):
         raise BenchError(f"{message} (see --help)")
 
 
+def plain_parser(doc: str | None) -> Parser:
+    """A parser without options; its help is the text as it stands."""
+    return Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
 def parser(doc: str | None) -> Parser:
     """A parser with what all presets can be changed in."""
-    made = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = plain_parser(doc)
     made.add_argument("--preset", default="llava-next-cpu", help=f"one of {', '.join(PRESETS)}")
     made.add_argument("--threads", type=at_least_one, help="torch's threads (2 on a CPU)")
     for name, what in (
@@ -43,6 +49,17 @@ def add_compiler(options: Parser) -> None:
     options.add_argument(
         "--compiler", choices=["inductor", "eager"], default="inductor", help="eager: only to see that it runs"
     )
+
+
+def add_budget(options: Parser, what: str = "fraction of KV that tgvkv keeps") -> None:
+    """How much is kept; `what` says of what."""
+    options.add_argument("--budget", type=fraction, default=0.05, help=what)
+
+
+def add_files(options: Parser, *kinds: str) -> None:
+    """Files to write, one option for each kind (`json`, `markdown`)."""
+    for kind in kinds:
+        options.add_argument(f"--{kind}", type=Path, help="file to write")
 
 
 def preset_of(args: Any) -> Preset:

@@ -10,14 +10,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench import record, table
-from bench.arguments import fraction, parser, preset_of
+from bench.arguments import add_budget, add_files, parser, preset_of
 from bench.contenders import kept_tokens
 from bench.errors import exit_code
 from bench.presets import Preset
@@ -33,14 +32,13 @@ WARM_UP = 5
 def main() -> None:
     """Measures, prints a table, writes JSON where asked to."""
     options = parser(__doc__)
-    options.add_argument("--budget", type=fraction, default=0.05, help="fraction of the context that the segment holds")
-    options.add_argument("--json", type=Path, help="file to write")
+    add_budget(options, "fraction of the context that the segment holds")
+    add_files(options, "json")
     args = options.parse_args()
     preset = preset_of(args)
-    found = {**record.header("bench.bandwidth", preset), "preset_name": args.preset, "budget": args.budget}
+    found = {**record.header("bench.bandwidth", args.preset, preset), "budget": args.budget}
     found |= share(preset, args.budget)
-    if args.json is not None:
-        record.write(found, args.json)
+    record.write(found, args.json)
     lines = [
         ["copy", f"{found['copy_bytes_per_s'] / 1e9:.0f}", ""],
         ["decode_step", f"{found['decode_bytes_per_s'] / 1e9:.0f}", f"{found['share']:.2f}"],

@@ -3,13 +3,12 @@
 python -m bench.compare before.json after.json
 """
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
 from bench import record, table
-from bench.arguments import Parser
+from bench.arguments import plain_parser
 from bench.errors import exit_code
 
 HEADS = ("machine", "versions", "preset", "budget", "compiler")
@@ -17,7 +16,7 @@ HEADS = ("machine", "versions", "preset", "budget", "compiler")
 
 def main() -> None:
     """Prints a table of what both records have, and what they were not run alike in."""
-    options = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = plain_parser(__doc__)
     options.add_argument("before", type=Path)
     options.add_argument("after", type=Path)
     args = options.parse_args()

@@ -14,7 +14,7 @@ from bench import torch_internals
 from bench.contenders import Contender
 from bench.errors import BenchError
 from bench.memory import Watch
-from bench.models import Prompt, make_prompt
+from bench.models import Prompt, make_prompt, pictures_of, weight_bytes
 from bench.presets import Preset
 from bench.ratios import spread
 from bench.requests import Request
@@ -27,6 +27,15 @@ ANSWER = 64
 """Tokens of the answer that `tokens_per_s` is for."""
 
 Rounds = dict[str, list[float]]
+
+
+def conditions(model: Any, preset: Preset) -> dict[str, Any]:
+    """What a record says of the prompt, the answer and the model, beside the preset."""
+    return {
+        "prompt": {"tokens": preset.context, "vision_tokens": pictures_of(preset) * preset.picture_side**2},
+        "answer_tokens": ANSWER,
+        "weight_bytes": weight_bytes(model),
+    }
 
 
 def measure(contenders: list[Contender], model: Any, preset: Preset) -> dict[str, dict[str, Any]]:

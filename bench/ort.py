@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from bench import record, table
-from bench.arguments import fraction, parser, preset_of
+from bench.arguments import add_budget, add_files, parser, preset_of
 from bench.errors import BenchError, exit_code
-from bench.measure import ANSWER, say
-from bench.models import PATCH, make_model, make_prompt, pictures_of, weight_bytes
+from bench.measure import ANSWER, conditions, say
+from bench.models import PATCH, make_model, make_prompt, pictures_of
 from bench.presets import Preset
 from bench.ratios import spread
 from tgvkv_compile.export import OnnxGenerator, export_onnx
@@ -132,31 +132,26 @@ class Exported:
 def main() -> None:
     """Runs the benchmark, prints its table, and writes JSON where asked to."""
     options = parser(__doc__)
-    options.add_argument("--budget", type=fraction, default=0.05, help="fraction of KV that is kept")
-    options.add_argument("--json", type=Path, help="file to write")
+    add_budget(options, "fraction of KV that is kept")
+    add_files(options, "json")
     args = options.parse_args()
     preset = preset_of(args)
     if preset.kind != "llava" or preset.device != "cpu":
         raise BenchError(f"preset {args.preset!r} is not a LLaVA on the CPU, which this benchmark is for")
-    begun = record.header("bench.ort", preset)
+    begun = record.header("bench.ort", args.preset, preset)
     begun["versions"]["onnxruntime"] = onnxruntime.__version__
     model = make_model(preset)
     with tempfile.TemporaryDirectory() as folder:
         rows = measured(model, preset, args.budget, Path(folder))
     found = {
         **begun,
-        "preset_name": args.preset,
         "budget": args.budget,
-        "prompt": {"tokens": preset.context, "vision_tokens": pictures_of(preset) * preset.picture_side**2},
-        "answer_tokens": ANSWER,
-        "weight_bytes": weight_bytes(model),
+        **conditions(model, preset),
         "rows": rows,
         "ratios": ratios(rows),
     }
-    if args.json is not None:
-        record.write(found, args.json)
-    lines = [f"{key:26s} {value:.3f}" for key, value in found["ratios"].items()]
-    sys.stdout.write("\n".join([table.of_rows(rows), "", *lines]) + "\n")
+    record.write(found, args.json)
+    sys.stdout.write(f"{table.of_run(rows, found['ratios'])}\n")
 
 
 def inputs_of(model: Any, preset: Preset) -> dict[str, Tensor]:

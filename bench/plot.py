@@ -6,25 +6,18 @@ of `bench.answers`, a picture of its own, named as the file.
     python -m bench.plot scaling.json --out pictures
 """
 
-import argparse
 import dataclasses
-import json
 import re
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
-from bench import plot_answers
-from bench.arguments import Parser
+from bench import drawing, plot_answers, record
+from bench.arguments import plain_parser
 from bench.errors import BenchError, exit_code
-from bench.record import SCHEMA
 
 PANELS = (("decode_ms", 1.0, "decode step, ms"), ("kv_bytes", 2.0**20, "KV cache, MiB"))
-COLOURS = {
-    **{"hf-eager": "#7f7f7f", "inductor-full": "#d62728", "inductor-static": "#ff7f0e"},
-    **{"tgvkv": "#1f77b4", "tgvkv-capped": "#17becf", "floor": "#2ca02c", "floor-static": "#9467bd"},
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +34,7 @@ class Sample:
 
 def main() -> None:
     """Draws the pictures and says where they are."""
-    options = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = plain_parser(__doc__)
     options.add_argument("files", type=Path, nargs="+")
     options.add_argument("--out", type=Path, required=True, help="folder to write to")
     args = options.parse_args()
@@ -79,23 +72,12 @@ def samples_of(path: Path) -> list[Sample]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BenchError(f"{path}: {error}") from None
-    if not isinstance(found, dict) or found.get("schema") != SCHEMA or not {"rows", "points", "answers"} & found.keys():
-        raise BenchError(f"{path}: not a record of bench.run, bench.scaling or bench.answers (schema {SCHEMA})")
-    return found
+    return record.read(path, ("rows", "points", "answers"), "bench.run, bench.scaling or bench.answers")
 
 
 def draw(samples: list[Sample], title: str, path: Path) -> None:
     """Four panels: decode time and KV bytes, against context (at the batch size that has most of them) and against batch."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(2, 2, figsize=(11, 8), constrained_layout=True)
+    figure, axes = drawing.subplots(2, 2, figsize=(11, 8))
     for column, (axis, other) in enumerate((("context", "batch"), ("batch", "context"))):
         fixed = _most_seen(samples, axis, other)
         here = [sample for sample in samples if getattr(sample, other) == fixed]
@@ -120,8 +102,7 @@ def draw(samples: list[Sample], title: str, path: Path) -> None:
             panel.grid(True, which="both", alpha=0.25)
     axes[0][0].legend()
     figure.suptitle(title)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    drawing.save(figure, path)
 
 
 def _most_seen(samples: list[Sample], axis: str, other: str) -> int:
@@ -141,7 +122,7 @@ def _colour(name: str, budget: float | None) -> Any:
     """The contender's colour; small budgets as they are, larger ones nearer to white."""
     from matplotlib import colors
 
-    base = colors.to_rgb(COLOURS.get(name, "black"))
+    base = colors.to_rgb(drawing.COLOURS.get(name, "black"))
     paler = 0.0 if budget is None or budget <= 0.05 else min(0.7, 0.25 + 0.5 * budget)
     return tuple(part + (1 - part) * paler for part in base)
 

@@ -20,8 +20,8 @@ SCHEMA = 1
 """Raised when a key changes its meaning."""
 
 
-def header(module: str, preset: Preset | None) -> dict[str, Any]:
-    """What a number belongs to: command, date, versions, machine and the preset as it was run."""
+def header(module: str, name: str, preset: Preset | None) -> dict[str, Any]:
+    """What a number belongs to: command, date, versions, machine, the preset's name, and the preset as it was run."""
     return {
         "schema": SCHEMA,
         "command": " ".join(["python", "-m", module, *sys.argv[1:]]),
@@ -29,17 +29,29 @@ def header(module: str, preset: Preset | None) -> dict[str, Any]:
         "versions": _versions(),
         "machine": _machine(),
         **({} if preset is None else {"preset": dataclasses.asdict(preset)}),
+        "preset_name": name,
     }
 
 
-def write(record: dict[str, Any], path: Path) -> None:
-    """Writes JSON, and the folder that it goes into."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+def write(record: dict[str, Any], path: Path | None) -> None:
+    """Writes JSON; nothing where no file was asked for."""
+    write_text(json.dumps(record, indent=1), path)
 
 
-def read(path: Path) -> dict[str, Any]:
+def write_text(text: str, path: Path | None) -> None:
+    """Writes a text, and the folder that it goes into; nothing where no file was asked for."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{text}\n", encoding="utf-8")
+
+
+def read(path: Path, holding: tuple[str, ...] = ("rows",), of: str = "bench.run") -> dict[str, Any]:
     """Reads what a run has written.
+
+    Args:
+        path: The file.
+        holding: Keys of which it has one at least.
+        of: What writes such records.
 
     Raises:
         BenchError: There is no such file, or it is something else.
@@ -48,8 +60,8 @@ def read(path: Path) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BenchError(f"{path}: {error}") from None
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA or "rows" not in record:
-        raise BenchError(f"{path}: not a record of bench.run (schema {SCHEMA}); measure it again")
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA or record.keys().isdisjoint(holding):
+        raise BenchError(f"{path}: not a record of {of} (schema {SCHEMA}); measure it again")
     return record
 
 

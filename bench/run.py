@@ -6,45 +6,39 @@ One process, the same weights; contenders take turns in each round. Medians, the
 """
 
 import sys
-from pathlib import Path
 
 from bench import record, table
-from bench.arguments import add_compiler, fraction, listed, parser, preset_of
+from bench.arguments import add_budget, add_compiler, add_files, listed, parser, preset_of
 from bench.contenders import default_names, make_contenders
 from bench.errors import exit_code
-from bench.measure import ANSWER, measure
-from bench.models import make_model, pictures_of, weight_bytes
+from bench.measure import conditions, measure
+from bench.models import make_model
 from bench.ratios import ratios
 
 
 def main() -> None:
     """Runs the benchmark, prints its table, and writes JSON where asked to."""
     options = parser(__doc__)
-    options.add_argument("--budget", type=fraction, default=0.05, help="fraction of KV that tgvkv and the lower bound keep")
+    add_budget(options, "fraction of KV that tgvkv and the lower bound keep")
     options.add_argument("--contenders", type=listed(str), help="some of the rows, by comma")
     add_compiler(options)
-    options.add_argument("--json", type=Path, help="file to write")
+    add_files(options, "json")
     args = options.parse_args()
     preset = preset_of(args)
     names = tuple(args.contenders or default_names(preset.device))
-    begun = record.header("bench.run", preset)
+    begun = record.header("bench.run", args.preset, preset)
     model = make_model(preset)
     rows = measure(make_contenders(names, model, preset, args.budget, args.compiler), model, preset)
     found = {
         **begun,
-        "preset_name": args.preset,
         "budget": args.budget,
         "compiler": args.compiler,
-        "prompt": {"tokens": preset.context, "vision_tokens": pictures_of(preset) * preset.picture_side**2},
-        "answer_tokens": ANSWER,
-        "weight_bytes": weight_bytes(model),
+        **conditions(model, preset),
         "rows": rows,
         "ratios": ratios(rows),
     }
-    if args.json is not None:
-        record.write(found, args.json)
-    lines = [f"{key:22s} {value:.3f}" for key, value in found["ratios"].items()]
-    sys.stdout.write("\n".join([table.of_rows(rows), "", *lines]) + "\n")
+    record.write(found, args.json)
+    sys.stdout.write(f"{table.of_run(rows, found['ratios'])}\n")
 
 
 if __name__ == "__main__":

@@ -9,11 +9,10 @@ compiled for itself. A point that does not fit into memory is said to.
 
 import dataclasses
 import sys
-from pathlib import Path
 from typing import Any
 
 from bench import record, table
-from bench.arguments import add_compiler, at_least_one, fraction, listed, parser, preset_of
+from bench.arguments import add_budget, add_compiler, add_files, at_least_one, fraction, listed, parser, preset_of
 from bench.errors import exit_code
 from bench.measure import say
 from bench.models import pictures_of
@@ -28,29 +27,25 @@ BUDGETS = [0.02, 0.05, 0.1, 0.2, 0.5, 1.0]
 def main() -> None:
     """Measures all points, prints tables, writes JSON and markdown where asked to."""
     options = parser(__doc__)
-    options.add_argument("--budget", type=fraction, default=0.05, help="where the budget does not vary")
+    add_budget(options, "where the budget does not vary")
     options.add_argument("--contexts", type=listed(at_least_one), default=CONTEXTS, help="tokens of the prompt, by comma")
     options.add_argument("--batches", type=listed(at_least_one), default=BATCHES, help="samples, by comma")
     options.add_argument("--budgets", type=listed(fraction), default=BUDGETS, help="fractions of KV, by comma")
     options.add_argument("--contenders", type=listed(str), default=["inductor-full", "tgvkv", "tgvkv-capped"], help="by comma")
     add_compiler(options)
-    options.add_argument("--json", type=Path, help="file to write")
-    options.add_argument("--markdown", type=Path, help="file to write")
+    add_files(options, "json", "markdown")
     args = options.parse_args()
     preset = preset_of(args)
     points = points_of(preset, args.budget, args.contexts, args.batches, args.budgets)
     for point in points:
         pictures_of(at_point(preset, point))
-    found = {**record.header("bench.scaling", preset), "preset_name": args.preset, "compiler": args.compiler, "points": []}
+    found = {**record.header("bench.scaling", args.preset, preset), "compiler": args.compiler, "points": []}
     for number, point in enumerate(points, start=1):
         say(f"point {number} of {len(points)}: {point.context} tokens, batch {point.batch}, budget {point.budget:g}")
         found["points"].append({**dataclasses.asdict(point), **measured(point, preset, tuple(args.contenders), args.compiler)})
-        if args.json is not None:
-            record.write(found, args.json)  # each time: a long run that dies has written what it had
+        record.write(found, args.json)  # each time: a long run that dies has written what it had
     tables = markdown(found)
-    if args.markdown is not None:
-        args.markdown.parent.mkdir(parents=True, exist_ok=True)
-        args.markdown.write_text(f"{tables}\n", encoding="utf-8")
+    record.write_text(tables, args.markdown)
     sys.stdout.write(f"{tables}\n")
 
 

@@ -20,6 +20,11 @@ def of_rows(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return markdown(["", *COLUMNS], [[name, *cells(row)] for name, row in rows.items()])
 
 
+def of_run(rows: Mapping[str, Mapping[str, Any]], ratios: Mapping[str, float]) -> str:
+    """The table of a run's medians, and what they are worth beside each other."""
+    return "\n".join([of_rows(rows), "", *(f"{key:26s} {value:.3f}" for key, value in ratios.items())])
+
+
 def cells(row: Mapping[str, Any]) -> list[str]:
     """One text per column; empty where a row has no such thing."""
     values = [(row.get(key), unit, form) for key, unit, form in COLUMNS.values()]

@@ -7,11 +7,10 @@ The batch doubles until memory runs out or `--largest` is reached; the best of w
 
 import dataclasses
 import sys
-from pathlib import Path
 from typing import Any
 
 from bench import record, table
-from bench.arguments import add_compiler, at_least_one, fraction, listed, parser, preset_of
+from bench.arguments import add_budget, add_compiler, add_files, at_least_one, listed, parser, preset_of
 from bench.errors import BenchError, exit_code
 from bench.measure import say
 from bench.points import Point, measured
@@ -22,24 +21,23 @@ CONTENDERS = ["inductor-full", "inductor-static", "tgvkv", "tgvkv-capped"]
 def main() -> None:
     """Measures each contender by itself, prints a table, writes JSON where asked to."""
     options = parser(__doc__)
-    options.add_argument("--budget", type=fraction, default=0.05, help="fraction of KV that tgvkv keeps")
+    add_budget(options)
     options.add_argument("--largest", type=at_least_one, default=512, help="batch to stop at")
     options.add_argument("--contenders", type=listed(str), default=CONTENDERS, help="by comma")
     add_compiler(options)
-    options.add_argument("--json", type=Path, help="file to write")
+    add_files(options, "json")
     args = options.parse_args()
     preset = preset_of(args)
     if preset.device == "cpu" and args.preset != "tiny":
         raise BenchError(f"preset {args.preset!r} runs on the CPU, where the largest batch is what the system swaps at")
-    found: dict[str, Any] = {**record.header("bench.throughput", preset), "preset_name": args.preset, "points": []}
+    found: dict[str, Any] = {**record.header("bench.throughput", args.preset, preset), "points": []}
     for name in args.contenders:
         for batch in _doubling(args.largest):
             say(f"{name}, batch {batch}")
             point = Point("batch", preset.context, batch, args.budget)
             one = {"contender": name, **dataclasses.asdict(point), **measured(point, preset, (name,), args.compiler)}
             found["points"].append(one)
-            if args.json is not None:
-                record.write(found, args.json)
+            record.write(found, args.json)
             if one["error"] is not None:
                 break
     sys.stdout.write(f"{best(found['points'])}\n")
