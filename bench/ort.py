@@ -26,11 +26,11 @@ from bench.models import PATCH, make_model, make_prompt, pictures_of
 from bench.presets import Preset
 from bench.ratios import spread
 from tgvkv_compile.export import OnnxGenerator, export_onnx
-from tgvkv_compile.export.families import IDS, MASK, PIXELS, engine_inputs, family_of
 from tgvkv_compile.export.manifest import Engine, TensorSpec
-from tgvkv_compile.export.onnx_files import write_onnx
-from tgvkv_compile.export.rewritten import exported
-from tgvkv_compile.export.traced import traced_decode, traced_prefill
+from tgvkv_compile.export.onnx.files import write_onnx
+from tgvkv_compile.export.trace.families import IDS, MASK, PIXELS, engine_inputs, family_of
+from tgvkv_compile.export.trace.rewritten import exported
+from tgvkv_compile.export.trace.traced import traced_decode, traced_prefill
 from tgvkv_compile.fx.meta import fake_tensor, output_nodes
 from tgvkv_compile.passes.drop_assertions import drop_assertions
 

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from tgvkv_compile.export.rewritten import STEPS as EXPORT_STEPS
+import tgvkv_compile
+from tgvkv_compile.export.trace.rewritten import STEPS as EXPORT_STEPS
 from tgvkv_compile.pipeline import STEPS
 from tgvkv_compile.plan import GraphKind
 from tgvkv_compile.runner import Step
@@ -34,15 +35,17 @@ Legend: `B` batch, `H` query heads, `Hkv` key/value heads, `N` prompt, `Q` queri
 
 EXPORTED = """# The passes of exported graphs
 
-They run on what `torch.export` traced (`tgvkv_compile/export/rewritten.py`), behind the same finders and planner.
+They run on what `torch.export` traced (`tgvkv_compile/export/trace/rewritten.py`), behind the same finders and planner.
 """
 
 
 def section(name: str, title: str) -> str:
     """One pass: its title, its file and the docstring of the function of the same name."""
-    module = importlib.import_module(f"tgvkv_compile.passes.{name}")
+    package = Path(tgvkv_compile.__path__[0])
+    (file,) = (path.relative_to(package.parent) for path in package.glob(f"passes/**/{name}.py"))
+    module = importlib.import_module(".".join(file.with_suffix("").parts))
     text = inspect.getdoc(getattr(module, name)) or ""
-    return f"## {title}\n\n`tgvkv_compile/passes/{name}.py`\n\n{_markdown(text)}\n"
+    return f"## {title}\n\n`{file.as_posix()}`\n\n{_markdown(text)}\n"
 
 
 def _markdown(text: str) -> str:

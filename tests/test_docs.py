@@ -45,8 +45,9 @@ def test_a_generated_page_is_up_to_date(page: str) -> None:
 
 def test_every_pass_is_listed_where_they_are_and_in_the_docs() -> None:
     shared = {"__init__", "told"}
-    files = [path.stem for path in Path(passes.__path__[0]).glob("*.py") if path.stem not in shared]
-    every = {name for name in files if hasattr(importlib.import_module(f"{passes.__name__}.{name}"), name)}
+    folder = Path(passes.__path__[0])
+    files = [path.relative_to(folder).with_suffix("").parts for path in folder.rglob("*.py") if path.stem not in shared]
+    every = {name for *of, name in files if hasattr(importlib.import_module(".".join([passes.__name__, *of, name])), name)}
     assert {"plan_graph", "insert_decode"} <= every and not {"rewrite", "inserted"} & every
     listed = re.findall(r"`(\w+)`", (passes.__doc__ or "").partition("What passes share")[0])
     assert sorted(listed) == sorted(every)

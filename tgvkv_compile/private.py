@@ -13,7 +13,7 @@ Checked on torch 2.11.0, 2.13.0 and 2.14.1. Each name says what it is used for:
 - `compile_lock` is what dynamo holds while it compiles: tracing and lowering of two threads must not mix.
 - `keep_mutations_after_subgraphs` mends dynamo: see there.
 - `mark_static` says what `torch._dynamo.mark_static_address` says, of an input that dynamo has not seen.
-- `make_fx`, `disable_proxy_modes_tracing`, `pytree`: a vision encoder is traced for pictures of one size (`export.vision`).
+- `make_fx`, `disable_proxy_modes_tracing`, `pytree`: a vision encoder is traced for pictures of a size (`export.trace.vision`).
 - `DynamicInt` is an int that dynamo never takes for a constant (`backend.sliding_windows`).
 - `NoHostReads`, a `TorchDispatchMode`: what a user's function may not do (`passes.told`).
 - `probe_instructions`, `kernels_put_off`: what Inductor waits for the C++ compiler for (`lower.beside`).

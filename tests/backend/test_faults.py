@@ -19,7 +19,7 @@ from tgvkv_compile import tgvkv_backend
 from tgvkv_compile.backend import programs
 from tgvkv_compile.errors import CacheError, StaleCacheError
 from tgvkv_compile.lower import Lowered
-from tgvkv_compile.ops import continue_step, segments
+from tgvkv_compile.ops.cache import continue_step, segments
 from tgvkv_compile.ops.kernels.cpu import decode as cpu_decode
 from tgvkv_compile.runtime import logical
 from tgvkv_compile.runtime.compact import CompactCache

@@ -16,7 +16,7 @@ from tests.support.models import Shape, make_inputs
 from tests.support.running import Trace, run
 from tgvkv_compile.backend.backend import tgvkv_backend
 from tgvkv_compile.config import EvictionConfig
-from tgvkv_compile.ops import tensor_parallel
+from tgvkv_compile.ops import ranks
 
 RANKS = 2
 STEPS = 4
@@ -69,17 +69,17 @@ def _job(rank: int, folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
         "known by": [compact.identity.weight == weight.data_ptr() for weight in (shard, layer.input_layernorm.weight)],
         "arena": list(compact.state.key_arena.shape[:2]),
         # Rank 0 has one head here, rank 1 has three.
-        "mean": tensor_parallel.mean_over_ranks(torch.tensor([[1.0 + rank, -4.0 * rank]]), 1 + 2 * rank, "0").tolist(),
+        "mean": ranks.mean_over_ranks(torch.tensor([[1.0 + rank, -4.0 * rank]]), 1 + 2 * rank, "0").tolist(),
     }
     # The graphs look this function up when they run, so without it they need not be made anew.
-    over_ranks = tensor_parallel.mean_over_ranks
+    over_ranks = ranks.mean_over_ranks
     length = INPUTS["input_ids"].shape[1]
-    patch.setattr(tensor_parallel, "mean_over_ranks", lambda mean, *_: mean)
+    patch.setattr(ranks, "mean_over_ranks", lambda mean, *_: mean)
     found["prefill alone"] = _plain(run(model, INPUTS, 0))
     in_prefill = lambda mean, *of: over_ranks(mean, *of) if mean.shape[-1] == length else mean  # noqa: E731
-    patch.setattr(tensor_parallel, "mean_over_ranks", in_prefill)
+    patch.setattr(ranks, "mean_over_ranks", in_prefill)
     found["decode alone"] = _plain(run(model, INPUTS, STEPS, forced=forced))
-    patch.setattr(tensor_parallel, "mean_over_ranks", over_ranks)
+    patch.setattr(ranks, "mean_over_ranks", over_ranks)
     found["rankings"] = {name: kept_by(model, name) for name in RANKED}
     return found
 

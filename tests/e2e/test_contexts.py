@@ -19,7 +19,7 @@ from tgvkv_compile import explain, inspect_cache, tgvkv_backend
 from tgvkv_compile.backend.dynamo import flags
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.errors import ForeignCacheError, PaddingError, SplitDecoderError
-from tgvkv_compile.passes import insert_scoring
+from tgvkv_compile.passes.insert import insert_scoring
 
 BUDGET = 0.3
 SHAPE = Shape(layers=2, seed=7)

@@ -14,7 +14,7 @@ from tests.support.oracle import Oracle
 from tests.support.running import run
 from tgvkv_compile import tgvkv_backend
 from tgvkv_compile.config import EvictionConfig
-from tgvkv_compile.passes import insert_decode, insert_scoring
+from tgvkv_compile.passes.insert import insert_decode, insert_scoring
 
 SHAPE = Shape(layers=3, heads=4, kv_heads=2, side=6, seed=7)
 PROMPTS = ((20, 40), (10, 12, 30))

@@ -17,7 +17,7 @@ from tgvkv_compile import explain, inspect_cache, tgvkv_backend
 from tgvkv_compile.config import Budgeting, EvictionConfig
 from tgvkv_compile.config import Ranking as RankingName
 from tgvkv_compile.errors import ConfigError
-from tgvkv_compile.ops.budgeting import SHARINGS
+from tgvkv_compile.ops.eviction.budgeting import SHARINGS
 from tgvkv_compile.policy import RANKINGS, Layer, Ranked, uniform
 
 SHAPE = Shape(layers=3, seed=3)

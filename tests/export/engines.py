@@ -10,8 +10,8 @@ from torch import Tensor
 from tests.support.running import Kept, Trace
 from tests.tensorrt.checking import problems_of_onnx
 from tgvkv_compile import tgvkv_backend
-from tgvkv_compile.export.families import MASK, POSITIONS
 from tgvkv_compile.export.generator import Generator
+from tgvkv_compile.export.trace.families import MASK, POSITIONS
 
 
 def check_files(generator: Generator) -> None:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tests.ops.prompts import configs
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.errors import ConfigError
-from tgvkv_compile.export.budget_plan import BudgetPlan
-from tgvkv_compile.ops.budgeting import Allocation, allocate
+from tgvkv_compile.export.capacity.budget_plan import BudgetPlan
+from tgvkv_compile.ops.eviction.budgeting import Allocation, allocate
 
 CONFIG = EvictionConfig(0.25, sink_tokens=1)
 

@@ -7,9 +7,9 @@ from tests.golden.recorded import load_inputs, load_model, some
 from tgvkv_compile.backend.backend import tgvkv_backend
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.errors import ConfigError
-from tgvkv_compile.export.budget_plan import BudgetPlan
-from tgvkv_compile.export.calibrate import calibrate
-from tgvkv_compile.ops.budgeting import allocate, segment_capacity
+from tgvkv_compile.export.capacity.budget_plan import BudgetPlan
+from tgvkv_compile.export.capacity.calibrate import calibrate
+from tgvkv_compile.ops.eviction.budgeting import allocate, segment_capacity
 
 STEPS = 39
 

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tgvkv_compile.ops.eviction.selection import select_tokens
 from tgvkv_compile.ops.policy.tgv import text_first
-from tgvkv_compile.ops.selection import select_tokens
-from tgvkv_compile.ops.static_shapes import pack_columns, select_by_threshold
+from tgvkv_compile.ops.static.selection import pack_columns, select_by_threshold
 from tgvkv_compile.ops.token_types import TokenTypes
 
 CAPACITY = 48

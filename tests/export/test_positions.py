@@ -5,8 +5,8 @@ import torch
 
 from tests.families.family import make_inputs, make_model
 from tests.families.table import FAMILIES
-from tgvkv_compile.export.families import engine_inputs, family_of
-from tgvkv_compile.export.positions import picture_positions
+from tgvkv_compile.export.trace.families import engine_inputs, family_of
+from tgvkv_compile.export.trace.positions import picture_positions
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])

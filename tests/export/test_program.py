@@ -16,10 +16,10 @@ from tests.support.models import IMAGE, Shape, make_inputs, make_model
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.errors import ConfigError, UnsupportedGraphError
 from tgvkv_compile.export import BudgetPlan, Programs, export_onnx, export_program
-from tgvkv_compile.export.lengths import question_lengths
-from tgvkv_compile.export.rewritten import STEPS
-from tgvkv_compile.ops.merging import add_features, merge_features
-from tgvkv_compile.ops.static_prefill import block_count
+from tgvkv_compile.export.trace.lengths import question_lengths
+from tgvkv_compile.export.trace.rewritten import STEPS
+from tgvkv_compile.ops.static.merging import add_features, merge_features
+from tgvkv_compile.ops.static.prefill import block_count
 
 SHAPE = Shape(layers=2)
 SAMPLE = make_inputs([(5, 9)])
@@ -199,7 +199,7 @@ def test_an_export_that_fails_leaves_the_earlier_one(tmp_path: Path, monkeypatch
         path.write_text("half")
         raise UnsupportedGraphError("no counterpart")
 
-    monkeypatch.setattr("tgvkv_compile.export.onnx_files.write_onnx", fail)
+    monkeypatch.setattr("tgvkv_compile.export.onnx.files.write_onnx", fail)
     earlier = tmp_path / "prefill.onnx"
     earlier.write_text("whole")
     for folder in (tmp_path, tmp_path / "new"):

@@ -161,8 +161,8 @@ def test_without_tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def _manifest(folder: Path) -> Manifest:
     """An export to ONNX whose files are not written: what they hold is tested elsewhere."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tgvkv_compile.export.onnx_files.write_onnx", lambda program, engine, path: path.write_text(""))
-        patch.setattr("tgvkv_compile.export.onnx_files.share_weights", lambda *_: 0)
+        patch.setattr("tgvkv_compile.export.onnx.files.write_onnx", lambda program, engine, path: path.write_text(""))
+        patch.setattr("tgvkv_compile.export.onnx.files.share_weights", lambda *_: 0)
         patch.setattr("onnx.checker.check_model", lambda *_, **__: None)
         patch.setattr("tgvkv_compile.export.program.block_count", lambda *_: 2)
         return export_onnx(make_model(Shape(layers=1)), SAMPLE, folder, 0.3, NEW, max_prompt=64)

@@ -10,7 +10,7 @@ from tests.fuzz.check import Finding, Tally, run_case
 from tests.fuzz.families import Tiny
 from tests.support.models import Shape
 from tgvkv_compile.config import EvictionConfig
-from tgvkv_compile.ops import decode_step
+from tgvkv_compile.ops.cache import decode_step
 from tgvkv_compile.ops.kernels.cpu import decode as cpu_decode
 
 EVERYTHING = Request(

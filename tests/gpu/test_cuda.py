@@ -15,8 +15,8 @@ from tests.support.reference import reference
 from tests.support.running import kept_of
 from tgvkv_compile import tgvkv_backend
 from tgvkv_compile.config import EvictionConfig
-from tgvkv_compile.ops import decode_step as op
-from tgvkv_compile.ops.attention import kernel_with_lse, scaled_dot_product_attention_with_lse
+from tgvkv_compile.ops.attention.sdpa import kernel_with_lse, scaled_dot_product_attention_with_lse
+from tgvkv_compile.ops.cache import decode_step as op
 from tgvkv_compile.ops.state import CompactState
 from tgvkv_compile.ops.token_types import TokenTypes
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from tests.kernels.bounds import check_bounded
 from tests.kernels.cases import StepCase, random_step
 from tests.ops.prompts import Layer
-from tgvkv_compile.ops import decode_step as op
-from tgvkv_compile.ops.attention_rows import AttentionRows
+from tgvkv_compile.ops.attention.rows import AttentionRows
+from tgvkv_compile.ops.cache import decode_step as op
 from tgvkv_compile.ops.policy.rank import rank_by_walk, scores_from_attention
 from tgvkv_compile.ops.state import CompactState
 from tgvkv_compile.ops.token_types import TokenTypes

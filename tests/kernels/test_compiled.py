@@ -12,7 +12,8 @@ import triton
 from tests.kernels.cases import random_step
 from tests.kernels.compiling import PROCESSORS, compiling_only
 from tests.ops.prompts import make_layer
-from tgvkv_compile.ops.kernels import decode, prefill
+from tgvkv_compile.ops.kernels.triton import decode
+from tgvkv_compile.ops.kernels.triton import weigh as prefill
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels compile nothing")
 

@@ -9,7 +9,7 @@ from torch import Tensor, library
 from tests.kernels.comparing import check_scores, exact_scores, threads, unfused_weigh
 from tests.ops.prompts import Layer, make_layer, vision_at
 from tgvkv_compile.ops import weighing
-from tgvkv_compile.ops.attention_rows import AttentionRows
+from tgvkv_compile.ops.attention.rows import AttentionRows
 from tgvkv_compile.ops.kernels.cpu import weigh as cpu_weigh
 
 DTYPES = [torch.float32, torch.bfloat16]

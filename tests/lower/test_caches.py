@@ -77,5 +77,5 @@ def test_functions_of_this_package_go_by_their_sources(monkeypatch: pytest.Monke
     monkeypatch.setitem(lowered._BACKENDS, "inductor", noted)
     answered()
     names = {name for piece in marked for name in piece}
-    assert {"tgvkv_compile.ops.decode_step.decode_step", "tgvkv_compile.ops.packing.evict_into"} <= names
+    assert {"tgvkv_compile.ops.cache.decode_step.decode_step", "tgvkv_compile.ops.cache.packing.evict_into"} <= names
     assert {digest for piece in marked for digest in piece.values()} == {lowered._sources()}

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tgvkv_compile.config import EvictionConfig
-from tgvkv_compile.ops.attention_rows import AttentionRows
-from tgvkv_compile.ops.budgeting import allocate
+from tgvkv_compile.ops.attention.probabilities import attention_probabilities
+from tgvkv_compile.ops.attention.rows import AttentionRows
+from tgvkv_compile.ops.eviction.budgeting import allocate
+from tgvkv_compile.ops.eviction.selection import select_tokens
 from tgvkv_compile.ops.policy.rank import rank_tokens, scores_from_attention
 from tgvkv_compile.ops.policy.tgv import text_first
-from tgvkv_compile.ops.probabilities import attention_probabilities
-from tgvkv_compile.ops.selection import select_tokens
 from tgvkv_compile.ops.token_types import TokenTypes, classify_tokens, vision_count
 
 DATA = Path(__file__).parents[1] / "data"

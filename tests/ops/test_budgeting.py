@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tests.ops.prompts import configs, masses
 from tgvkv_compile.config import Budgeting, EvictionConfig
-from tgvkv_compile.ops.budgeting import allocate, growth_bound, kept_bound, segment_capacity
+from tgvkv_compile.ops.eviction.budgeting import allocate, growth_bound, kept_bound, segment_capacity
 
 BUDGETINGS: list[Budgeting] = ["tvb", "waterfill", "uniform", "pyramid"]
 

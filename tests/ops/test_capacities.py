@@ -6,8 +6,8 @@ from torch import Tensor
 
 from tests.ops.prompts import configs, masses
 from tgvkv_compile.config import EvictionConfig
-from tgvkv_compile.ops.budgeting import Allocation, allocate, segment_capacity
-from tgvkv_compile.ops.capacities import fit_allocation, prompt_room
+from tgvkv_compile.ops.eviction.budgeting import Allocation, allocate, segment_capacity
+from tgvkv_compile.ops.static.capacities import fit_allocation, prompt_room
 
 
 @given(masses(), st.integers(2, 300), st.integers(0, 40), configs(), st.data())

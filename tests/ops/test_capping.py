@@ -8,9 +8,9 @@ from torch import Tensor
 
 from tests.ops.prompts import indices, vision_at, vision_masks
 from tgvkv_compile.config import EvictionConfig
-from tgvkv_compile.ops.capping import cap_layer, cap_tokens
+from tgvkv_compile.ops.eviction.capping import cap_layer, cap_tokens
+from tgvkv_compile.ops.eviction.selection import select_tokens
 from tgvkv_compile.ops.policy.tgv import text_first
-from tgvkv_compile.ops.selection import select_tokens
 from tgvkv_compile.ops.token_types import classify_tokens
 
 

@@ -7,8 +7,8 @@ from torch import Tensor
 from tests.ops.prompts import configs, random_attention, vision_at, vision_masks
 from tests.support.oracle import Oracle
 from tgvkv_compile.config import DecodeMode, EvictionConfig
-from tgvkv_compile.ops.budgeting import segment_capacity
-from tgvkv_compile.ops.decode_eviction import choose_eviction, next_protected
+from tgvkv_compile.ops.eviction.budgeting import segment_capacity
+from tgvkv_compile.ops.eviction.decode import choose_eviction, next_protected
 
 
 def _choose(

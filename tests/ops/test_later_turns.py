@@ -12,8 +12,9 @@ from tests.ops.prompts import causal, configs, indices, prefill_scores, random_a
 from tests.support.oracle import Oracle
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.ops import weighing
-from tgvkv_compile.ops.attention import scaled_dot_product_attention_with_lse
-from tgvkv_compile.ops.later_turns import (
+from tgvkv_compile.ops.attention.probabilities import attention_probabilities
+from tgvkv_compile.ops.attention.sdpa import scaled_dot_product_attention_with_lse
+from tgvkv_compile.ops.cache.later_turns import (
     allocate_again,
     candidate_mask,
     candidate_token_types,
@@ -21,11 +22,10 @@ from tgvkv_compile.ops.later_turns import (
     turn_token_types,
     vision_history,
 )
-from tgvkv_compile.ops.packing import protected_from
+from tgvkv_compile.ops.cache.packing import protected_from
+from tgvkv_compile.ops.eviction.selection import select_tokens
 from tgvkv_compile.ops.policy.rank import scores_from_attention
 from tgvkv_compile.ops.policy.tgv import text_first
-from tgvkv_compile.ops.probabilities import attention_probabilities
-from tgvkv_compile.ops.selection import select_tokens
 from tgvkv_compile.ops.token_types import TokenTypes, classify_tokens
 
 LAYERS = 3

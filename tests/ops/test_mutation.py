@@ -14,8 +14,8 @@ from torch import Tensor
 
 from tests.passes.decoder import full_cache
 from tests.passes.states import full_state
-from tgvkv_compile.ops.continue_step import continue_step
-from tgvkv_compile.ops.decode_step import decode_step
+from tgvkv_compile.ops.cache.continue_step import continue_step
+from tgvkv_compile.ops.cache.decode_step import decode_step
 from tgvkv_compile.ops.state import CompactState
 
 BATCH, LAYERS, SLOTS, ROUNDS = 2, 2, 48, 2

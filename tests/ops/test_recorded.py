@@ -8,7 +8,7 @@ import torch
 from tests.ops.prompts import case_name, case_vision, keep_per_layer, recorded
 from tests.support.oracle import Oracle
 from tgvkv_compile.config import EvictionConfig
-from tgvkv_compile.ops.decode_eviction import choose_eviction, next_protected
+from tgvkv_compile.ops.eviction.decode import choose_eviction, next_protected
 from tgvkv_compile.ops.token_types import classify_tokens
 
 CASES, ARRAYS = recorded()

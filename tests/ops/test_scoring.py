@@ -10,10 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.ops.prompts import Layer, causal, make_layer, random_attention, vision_at, vision_masks
 from tgvkv_compile.ops import weighing
+from tgvkv_compile.ops.attention.probabilities import attention_probabilities
+from tgvkv_compile.ops.eviction.selection import select_tokens
 from tgvkv_compile.ops.policy.rank import scores_from_attention
 from tgvkv_compile.ops.policy.tgv import text_first
-from tgvkv_compile.ops.probabilities import attention_probabilities
-from tgvkv_compile.ops.selection import select_tokens
 from tgvkv_compile.ops.token_types import classify_tokens
 from tgvkv_compile.ops.weighing import weigh
 

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tgvkv_compile.config import EvictionConfig
-from tgvkv_compile.ops.decode_eviction import choose_eviction, next_protected
-from tgvkv_compile.ops.segments import attend
-from tgvkv_compile.ops.static_decode import LayerState, static_decode_step
+from tgvkv_compile.ops.cache.segments import attend
+from tgvkv_compile.ops.eviction.decode import choose_eviction, next_protected
+from tgvkv_compile.ops.static.decode import LayerState, static_decode_step
 
 CAPACITY = 12
 

@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tgvkv_compile.config import EvictionConfig
-from tgvkv_compile.ops.packing import allocate_layers, protected_from
+from tgvkv_compile.ops.attention.probabilities import attention_probabilities
+from tgvkv_compile.ops.cache.packing import allocate_layers, protected_from
 from tgvkv_compile.ops.policy.rank import scores_from_attention
 from tgvkv_compile.ops.policy.tgv import text_first
-from tgvkv_compile.ops.probabilities import attention_probabilities
-from tgvkv_compile.ops.static_prefill import attend_and_score, fit_layers, static_protected_from, token_types_from_mask
-from tgvkv_compile.ops.static_shapes import select_by_threshold, select_in_layers
+from tgvkv_compile.ops.static.prefill import attend_and_score, fit_layers, static_protected_from, token_types_from_mask
+from tgvkv_compile.ops.static.selection import select_by_threshold, select_in_layers
 from tgvkv_compile.ops.token_types import TokenTypes
 
 

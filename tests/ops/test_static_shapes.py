@@ -5,9 +5,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.ops.prompts import indices, vision_at, vision_masks
+from tgvkv_compile.ops.eviction.selection import select_tokens
 from tgvkv_compile.ops.policy.tgv import text_first
-from tgvkv_compile.ops.selection import select_tokens
-from tgvkv_compile.ops.static_shapes import pack_columns, pack_layer, select_by_threshold
+from tgvkv_compile.ops.static.selection import pack_columns, pack_layer, select_by_threshold
 from tgvkv_compile.ops.token_types import TokenTypes, classify_tokens
 
 LARGEST = torch.finfo(torch.float32).max

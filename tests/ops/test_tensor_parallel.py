@@ -12,10 +12,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from tests.ops.prompts import Layer, make_layer, prefill_scores
 from tests.passes.decoder import full_cache
 from tests.passes.states import full_state
-from tgvkv_compile.ops.attention import scaled_dot_product_attention_with_lse
-from tgvkv_compile.ops.decode_step import decode_step
+from tgvkv_compile.ops.attention.sdpa import scaled_dot_product_attention_with_lse
+from tgvkv_compile.ops.cache.decode_step import decode_step
+from tgvkv_compile.ops.cache.tensor_parallel import tensor_parallel_decode_step
+from tgvkv_compile.ops.ranks import mean_over_ranks
 from tgvkv_compile.ops.state import CompactState
-from tgvkv_compile.ops.tensor_parallel import mean_over_ranks, tensor_parallel_decode_step
 
 STEP: dict[str, Any] = {"layer": 1, "scale": 0.5, "sink_tokens": 2}
 

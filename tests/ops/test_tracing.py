@@ -10,10 +10,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from tests.ops.prompts import make_layer, prefill_scores, vision_at
 from tgvkv_compile.config import Budgeting, EvictionConfig
-from tgvkv_compile.ops.budgeting import allocate, segment_capacity
-from tgvkv_compile.ops.decode_eviction import choose_eviction, next_protected
+from tgvkv_compile.ops.eviction.budgeting import allocate, segment_capacity
+from tgvkv_compile.ops.eviction.decode import choose_eviction, next_protected
+from tgvkv_compile.ops.eviction.selection import select_tokens
 from tgvkv_compile.ops.policy.tgv import text_first
-from tgvkv_compile.ops.selection import select_tokens
 from tgvkv_compile.ops.token_types import classify_tokens, vision_count
 
 

@@ -21,10 +21,10 @@ from tests.passes.decoder import (
     written_out,
 )
 from tgvkv_compile.fx.meta import output_nodes
-from tgvkv_compile.passes.find_appends import find_appends
-from tgvkv_compile.passes.find_attention import find_attention
-from tgvkv_compile.passes.find_embedding import find_embedding
-from tgvkv_compile.passes.find_modality import find_modality
+from tgvkv_compile.passes.find.find_appends import find_appends
+from tgvkv_compile.passes.find.find_attention import find_attention
+from tgvkv_compile.passes.find.find_embedding import find_embedding
+from tgvkv_compile.passes.find.find_modality import find_modality
 from tgvkv_compile.passes.plan_graph import plan_graph
 from tgvkv_compile.plan import GraphPlan
 

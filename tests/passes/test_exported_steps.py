@@ -10,14 +10,14 @@ from torch.fx import GraphModule
 from tests.families.family import make_inputs, make_model
 from tests.families.table import FAMILIES
 from tgvkv_compile.config import EvictionConfig
-from tgvkv_compile.export.budget_plan import BudgetPlan
-from tgvkv_compile.export.families import engine_inputs, family_of
-from tgvkv_compile.export.rewritten import rewrite_prefill
-from tgvkv_compile.export.traced import traced_prefill
+from tgvkv_compile.export.capacity.budget_plan import BudgetPlan
+from tgvkv_compile.export.trace.families import engine_inputs, family_of
+from tgvkv_compile.export.trace.rewritten import rewrite_prefill
+from tgvkv_compile.export.trace.traced import traced_prefill
 from tgvkv_compile.fx.dump import Dumper
 from tgvkv_compile.fx.targets import target_name
 from tgvkv_compile.passes.drop_assertions import drop_assertions
-from tgvkv_compile.passes.find_additions import find_additions
+from tgvkv_compile.passes.find.find_additions import find_additions
 
 PLAN = BudgetPlan((40, 40), 60, 4, EvictionConfig(0.4))
 

@@ -16,7 +16,7 @@ from tests.passes.decoder import (
 )
 from tgvkv_compile.fx.meta import output_nodes
 from tgvkv_compile.fx.targets import op_kind
-from tgvkv_compile.passes.find_appends import find_appends
+from tgvkv_compile.passes.find.find_appends import find_appends
 
 
 @pytest.mark.parametrize("layers", [1, 3])

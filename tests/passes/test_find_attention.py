@@ -21,8 +21,8 @@ from tests.passes.decoder import (
     tokens,
     written_out,
 )
-from tgvkv_compile.passes.find_appends import find_appends
-from tgvkv_compile.passes.find_attention import find_attention
+from tgvkv_compile.passes.find.find_appends import find_appends
+from tgvkv_compile.passes.find.find_attention import find_attention
 from tgvkv_compile.plan import AttentionSite, Miss
 
 

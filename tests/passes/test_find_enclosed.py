@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.passes.decoder import Decoder, Layer, capture, features, full_cache, pasts, tokens
 from tgvkv_compile import tgvkv_backend
 from tgvkv_compile.errors import UnsupportedGraphError
-from tgvkv_compile.passes.find_enclosed import find_enclosed
+from tgvkv_compile.passes.find.find_enclosed import find_enclosed
 from tgvkv_compile.pipeline import plan_of
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.passes.decoder import IMAGE, Decoder, capture, features, full_cache, tokens
-from tgvkv_compile.passes.find_modality import find_modality
+from tgvkv_compile.passes.find.find_modality import find_modality
 
 
 def test_the_mask_of_the_merge() -> None:

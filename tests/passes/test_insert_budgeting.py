@@ -4,7 +4,7 @@ from expecttest import assert_expected_inline
 
 from tests.passes.decoder import Decoder, calls, capture, features, render, rewritten, tokens, values
 from tgvkv_compile.config import EvictionConfig
-from tgvkv_compile.ops.budgeting import allocate
+from tgvkv_compile.ops.eviction.budgeting import allocate
 from tgvkv_compile.ops.token_types import vision_count
 
 

@@ -28,7 +28,7 @@ from tests.passes.decoder import (
 from tests.support.oracle import Oracle
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.fx.meta import output_nodes
-from tgvkv_compile.ops.probabilities import attention_probabilities
+from tgvkv_compile.ops.attention.probabilities import attention_probabilities
 from tgvkv_compile.ops.state import Reselected, split_off
 
 PAST, NEW = 9, 19

@@ -24,8 +24,8 @@ from tests.passes.decoder import (
     values,
     written_out,
 )
+from tgvkv_compile.ops.attention.probabilities import attention_probabilities
 from tgvkv_compile.ops.policy.rank import scores_from_attention
-from tgvkv_compile.ops.probabilities import attention_probabilities
 from tgvkv_compile.ops.token_types import classify_tokens
 from tgvkv_compile.passes.inserted import Scores
 

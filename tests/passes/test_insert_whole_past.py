@@ -21,7 +21,7 @@ from tests.passes.decoder import (
     written_out,
 )
 from tgvkv_compile.config import EvictionConfig
-from tgvkv_compile.ops.later_turns import whole_past
+from tgvkv_compile.ops.cache.later_turns import whole_past
 from tgvkv_compile.ops.state import Reselected, split_off
 from tgvkv_compile.pipeline import plan_of
 

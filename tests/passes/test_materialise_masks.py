@@ -10,8 +10,8 @@ from tests.passes.decoder import Decoder, Layer, calls, capture, causal, feature
 from tests.passes.decoder import values as values_of
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.fx.environment import Environment
-from tgvkv_compile.passes.find_appends import find_appends
-from tgvkv_compile.passes.find_attention import find_attention
+from tgvkv_compile.passes.find.find_appends import find_appends
+from tgvkv_compile.passes.find.find_attention import find_attention
 from tgvkv_compile.passes.materialise_masks import materialise_masks
 from tgvkv_compile.passes.rewrite import Rewrite
 from tgvkv_compile.pipeline import plan_of

@@ -8,7 +8,7 @@ from torch.fx import GraphModule
 
 from tgvkv_compile.fx.meta import OF_TOKENS, VISION_OF
 from tgvkv_compile.ops.merged import merged
-from tgvkv_compile.passes.find_modality import find_modality
+from tgvkv_compile.passes.find.find_modality import find_modality
 from tgvkv_compile.pipeline import with_merges_read
 
 

@@ -6,12 +6,12 @@ import pytest
 
 from tests.passes.decoder import Decoder, capture, features, rewritten, tokens
 from tgvkv_compile.errors import InternalError
-from tgvkv_compile.export.rewritten import STEPS as EXPORT_STEPS
+from tgvkv_compile.export.trace.rewritten import STEPS as EXPORT_STEPS
 from tgvkv_compile.fx.dump import Dumper
-from tgvkv_compile.passes.insert_budgeting import insert_budgeting
-from tgvkv_compile.passes.insert_rebudgeting import insert_rebudgeting
-from tgvkv_compile.passes.insert_scoring import insert_scoring
-from tgvkv_compile.passes.insert_survivors import insert_survivors
+from tgvkv_compile.passes.insert.insert_budgeting import insert_budgeting
+from tgvkv_compile.passes.insert.insert_rebudgeting import insert_rebudgeting
+from tgvkv_compile.passes.insert.insert_scoring import insert_scoring
+from tgvkv_compile.passes.insert.insert_survivors import insert_survivors
 from tgvkv_compile.passes.inserted import Budgets, Scores
 from tgvkv_compile.passes.normalise_attention import normalise_attention
 from tgvkv_compile.passes.rewrite import Rewrite

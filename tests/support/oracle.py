@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from tgvkv_compile.config import EvictionConfig
-from tgvkv_compile.ops.budgeting import allocate
-from tgvkv_compile.ops.decode_eviction import choose_eviction
+from tgvkv_compile.ops.eviction.budgeting import allocate
+from tgvkv_compile.ops.eviction.decode import choose_eviction
+from tgvkv_compile.ops.eviction.selection import select_tokens
 from tgvkv_compile.ops.policy.layer import materialised
 from tgvkv_compile.ops.policy.rank import TokenRanks, rank_by_walk
-from tgvkv_compile.ops.selection import select_tokens
 from tgvkv_compile.ops.token_types import TokenTypes, classify_tokens, vision_count
 
 

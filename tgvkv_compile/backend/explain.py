@@ -20,7 +20,7 @@ from tgvkv_compile.errors import NoAttentionError
 from tgvkv_compile.fx.meta import fake_tensor, source_line
 from tgvkv_compile.fx.subgraphs import all_nodes
 from tgvkv_compile.fx.targets import op_kind, target_name
-from tgvkv_compile.ops.budgeting import kept_bound
+from tgvkv_compile.ops.eviction.budgeting import kept_bound
 from tgvkv_compile.plan import AttentionSite
 from tgvkv_compile.runtime.inspect import CACHE_NAMES
 from tgvkv_compile.runtime.logical import LogicalKV

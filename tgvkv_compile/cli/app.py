@@ -231,7 +231,7 @@ def _exporting(target: Literal["onnx", "tensorrt"], weights: Dtype, where: str) 
             check_weights(dtype)
             images = read_images(image or [])
             if target == "tensorrt":
-                from tgvkv_compile.export.tensorrt_engines import torch_tensorrt_module
+                from tgvkv_compile.export.tensorrt.engines import torch_tensorrt_module
 
                 torch_tensorrt_module()
             loaded = load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)

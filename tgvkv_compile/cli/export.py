@@ -23,7 +23,7 @@ from tgvkv_compile.errors import ConfigError, first_line
 from tgvkv_compile.export import Manifest, OnnxGenerator, export_onnx, export_tensorrt, trtexec_commands
 from tgvkv_compile.export.manifest import MANIFEST
 from tgvkv_compile.export.staging import output_folder
-from tgvkv_compile.export.suitable import check_dtype
+from tgvkv_compile.export.trace.suitable import check_dtype
 
 PROCESSOR = "processor"
 _EXPORTERS: dict[str, Callable[..., Manifest]] = {"onnx": export_onnx, "tensorrt": export_tensorrt}

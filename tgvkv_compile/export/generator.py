@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from tgvkv_compile.errors import CacheError, ConfigError, PaddingError
-from tgvkv_compile.export.families import FEATURES, GRID, IDS, MASK, PIXELS, POSITIONS
-from tgvkv_compile.export.lengths import question_lengths
 from tgvkv_compile.export.manifest import PROMPT, Manifest, TensorSpec
-from tgvkv_compile.export.positions import picture_positions
+from tgvkv_compile.export.trace.families import FEATURES, GRID, IDS, MASK, PIXELS, POSITIONS
+from tgvkv_compile.export.trace.lengths import question_lengths
+from tgvkv_compile.export.trace.positions import picture_positions
 
 _UNUSED = ("mm_token_type_ids", "token_type_ids")  # what processors give and no engine reads
 

@@ -10,9 +10,9 @@ import torch
 
 from tgvkv_compile.config import check_count
 from tgvkv_compile.errors import ConfigError
-from tgvkv_compile.export.budget_plan import BudgetPlan
-from tgvkv_compile.export.lengths import PromptLengths
+from tgvkv_compile.export.capacity.budget_plan import BudgetPlan
 from tgvkv_compile.export.records import read_json, record_of
+from tgvkv_compile.export.trace.lengths import PromptLengths
 
 MANIFEST = "manifest.json"
 PROMPT = "prompt"

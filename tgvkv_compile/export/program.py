@@ -13,18 +13,18 @@ from torch import Tensor
 from tgvkv_compile.backend.wrappers import module_of
 from tgvkv_compile.config import check_count, read_eviction
 from tgvkv_compile.errors import ConfigError, UnsupportedGraphError
-from tgvkv_compile.export.budget_plan import BudgetPlan
-from tgvkv_compile.export.calibrate import calibrate
-from tgvkv_compile.export.families import IDS, MASK, PIXELS, Family, constants_of, engine_inputs, family_of
-from tgvkv_compile.export.lengths import PromptLengths, prompt_dim, question_lengths
+from tgvkv_compile.export.capacity.budget_plan import BudgetPlan
+from tgvkv_compile.export.capacity.calibrate import calibrate
 from tgvkv_compile.export.manifest import PROMPT, Engine, Manifest, TensorSpec
-from tgvkv_compile.export.rewritten import exported, rewrite_decode, rewrite_prefill
-from tgvkv_compile.export.suitable import check_dtypes, check_implementation
-from tgvkv_compile.export.traced import traced_decode, traced_prefill
-from tgvkv_compile.export.vision import traced_vision
+from tgvkv_compile.export.trace.families import IDS, MASK, PIXELS, Family, constants_of, engine_inputs, family_of
+from tgvkv_compile.export.trace.lengths import PromptLengths, prompt_dim, question_lengths
+from tgvkv_compile.export.trace.rewritten import exported, rewrite_decode, rewrite_prefill
+from tgvkv_compile.export.trace.suitable import check_dtypes, check_implementation
+from tgvkv_compile.export.trace.traced import traced_decode, traced_prefill
+from tgvkv_compile.export.trace.vision import traced_vision
 from tgvkv_compile.fx.dump import Dumper
 from tgvkv_compile.fx.meta import fake_tensor, output_nodes
-from tgvkv_compile.ops.static_prefill import block_count
+from tgvkv_compile.ops.static.prefill import block_count
 
 Say = Callable[[str], None]
 _LEAST_QUESTION = 256  # the question's rows are walked twice, as many as it may have: not all of a long prompt
@@ -84,7 +84,7 @@ def export_program(
     Batch size and number of vision tokens are the sample's; the length of a prompt is free up to the longest.
 
     Args:
-        model: A transformers model of a family that can be exported (`export.families`); it may be compiled.
+        model: A transformers model of a family that can be exported (`export.trace.families`); it may be compiled.
         sample_inputs: What the processor makes of a prompt with pictures; of several, the first is traced and all are
             calibrated on.
         budget: As for `tgvkv_backend`.

@@ -15,7 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from tgvkv_compile.fx.environment import Environment
 from tgvkv_compile.fx.meta import BEGINS, described, fake_value, set_fake_value
-from tgvkv_compile.ops.layout import in_order
+from tgvkv_compile.ops.attention.layout import in_order
 from tgvkv_compile.private import free_symbols, symbol_is_unbacked
 
 _LAYER = "layer"

@@ -64,7 +64,7 @@ def forced_tokens(token_types: TokenTypes, *, sink_tokens: int) -> Tensor:
 
 
 def vision_count(token_types: TokenTypes, *, config: EvictionConfig) -> Tensor:
-    """Returns `[B]` int64: the vision tokens that [`allocate`][tgvkv_compile.ops.budgeting.allocate] budgets.
+    """Returns `[B]` int64: the vision tokens that [`allocate`][tgvkv_compile.ops.eviction.budgeting.allocate] budgets.
 
     With `budget_of="vision"` the sink and last positions count as text (`docs/algorithm.md`, Options), so vision tokens
     that stand there are not counted; otherwise a prompt that opens with an image would lose text to its sinks.

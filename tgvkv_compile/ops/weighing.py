@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, library
 
 from tgvkv_compile.ops import kernels
-from tgvkv_compile.ops.attention_rows import AttentionRows
+from tgvkv_compile.ops.attention.rows import AttentionRows
 from tgvkv_compile.ops.kernels.cpu import weigh as cpu_weigh
 
 # Bytes that one block of attention rows may take. Larger on accelerators, where each block costs kernel launches.
@@ -119,7 +119,7 @@ def weigh_on_cuda(weights: Tensor, wanted: Tensor | None, *attention: Any) -> tu
     """A Triton kernel where attention gave its log-sum-exp; the plain function where not."""
     rows = AttentionRows(*attention)
     if kernels.available():
-        from tgvkv_compile.ops.kernels import prefill as fused
+        from tgvkv_compile.ops.kernels.triton import weigh as fused
 
         if fused.fused_applies(rows):
             return fused.fused_weigh(weights, wanted, rows)

@@ -1,5 +1,7 @@
 """The passes: each finds, or plans, or inserts; never two of them. One file each, with a function of the same name.
 
+`find` holds the finders, `insert` the inserters for graphs from dynamo, `static` the passes of exported graphs alone.
+
 What runs first, on every graph:
 
 - `read_merges`, `drop_assertions`: take calls out that only say something, of graphs from dynamo and of exported ones.
@@ -15,7 +17,7 @@ What runs then stands in lists, one per kind of graph, `tgvkv_compile.pipeline.S
 - `insert_decode`, `insert_continuation`: a step, and a later turn.
 - `insert_survivors`, `insert_whole_past`, `insert_rebudgeting`: a later turn with new vision, and a first one with vision.
 
-For exported graphs, `tgvkv_compile.export.rewritten.STEPS`:
+For exported graphs, `tgvkv_compile.export.trace.rewritten.STEPS`:
 
 - `drop_empty_pasts`, `insert_gathers`, `insert_fixed_scoring`, `insert_fixed_eviction`: a prefill.
 - `insert_fixed_decode`: a step.

@@ -9,7 +9,7 @@ from tgvkv_compile.errors import InternalError
 from tgvkv_compile.fx.dead_code import remove_dead
 from tgvkv_compile.fx.insert import insert_call, insert_placeholder
 from tgvkv_compile.fx.meta import fake_tensor, output_nodes
-from tgvkv_compile.ops.continue_step import advance_lengths
+from tgvkv_compile.ops.cache.continue_step import advance_lengths
 from tgvkv_compile.ops.state import CompactState
 from tgvkv_compile.passes.rewrite import ArenaSizes, Rewrite
 from tgvkv_compile.plan import GraphPlan

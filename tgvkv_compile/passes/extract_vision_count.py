@@ -2,8 +2,8 @@
 
 from tgvkv_compile.fx.dead_code import remove_dead
 from tgvkv_compile.fx.insert import insert_call
-from tgvkv_compile.ops.packing import count_vision
-from tgvkv_compile.passes.insert_scoring import insert_token_types
+from tgvkv_compile.ops.cache.packing import count_vision
+from tgvkv_compile.passes.insert.insert_scoring import insert_token_types
 from tgvkv_compile.passes.rewrite import Rewrite
 
 

@@ -9,7 +9,7 @@ from tgvkv_compile.errors import InternalError
 from tgvkv_compile.fx.insert import insert_call
 from tgvkv_compile.fx.meta import fake_tensor, fake_value, same_size, submodule
 from tgvkv_compile.fx.targets import argument
-from tgvkv_compile.ops.graph_masks import mask_of_function
+from tgvkv_compile.ops.attention.masks import mask_of_function
 from tgvkv_compile.passes.rewrite import Rewrite
 from tgvkv_compile.plan import AttentionSite
 

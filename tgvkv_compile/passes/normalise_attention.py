@@ -6,7 +6,7 @@ from torch.fx import GraphModule
 
 from tgvkv_compile.fx.insert import insert_call, insert_item
 from tgvkv_compile.fx.meta import BEGINS, fake_value
-from tgvkv_compile.ops.attention import scaled_dot_product_attention_with_lse
+from tgvkv_compile.ops.attention.sdpa import scaled_dot_product_attention_with_lse
 from tgvkv_compile.passes.rewrite import Rewrite
 from tgvkv_compile.plan import AttentionSite
 

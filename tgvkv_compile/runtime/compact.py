@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.errors import CacheError
-from tgvkv_compile.ops.budgeting import growth_bound, kept_bound, segment_capacity
-from tgvkv_compile.ops.packing import evict_into, new_arena
+from tgvkv_compile.ops.cache.packing import evict_into, new_arena
+from tgvkv_compile.ops.eviction.budgeting import growth_bound, kept_bound, segment_capacity
 from tgvkv_compile.ops.state import Choice, CompactState, Reselected, Survivors
 
 SLOT_STEP = 16
@@ -28,7 +28,7 @@ def arena_slots(num_layers: int, length: int, reserve: int, *, config: EvictionC
         num_layers: L.
         length: N, padding counted (no sample is longer).
         reserve: Decode steps to leave room for (a much shorter sample of a padded batch can be owed more than its share;
-            then the fresh cache has room for fewer steps, see `ops.packing.fitting_reserve`).
+            then the fresh cache has room for fewer steps, see `ops.cache.packing.fitting_reserve`).
         config: The eviction options.
         num_vision: Fewest vision tokens of a sample, for `budget_of="vision"`.
     """

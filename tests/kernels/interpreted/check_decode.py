@@ -7,8 +7,8 @@ from torch import Tensor
 from tests.kernels.cases import StepCase, random_step
 from tests.kernels.comparing import check_many_steps, check_step, decided, plain, same_books
 from tgvkv_compile.errors import InternalError
-from tgvkv_compile.ops.kernels import decode as kernels
-from tgvkv_compile.ops.kernels.decode import fused_decode_step
+from tgvkv_compile.ops.kernels.triton import decode as kernels
+from tgvkv_compile.ops.kernels.triton.decode import fused_decode_step
 from tgvkv_compile.ops.state import CompactState
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -8,8 +8,10 @@ from torch import library
 
 from tests.kernels.cases import random_step
 from tests.ops.prompts import make_layer
-from tgvkv_compile.ops import decode_step, weighing
-from tgvkv_compile.ops.kernels import decode, prefill
+from tgvkv_compile.ops import weighing
+from tgvkv_compile.ops.cache import decode_step
+from tgvkv_compile.ops.kernels.triton import decode
+from tgvkv_compile.ops.kernels.triton import weigh as prefill
 
 
 @pytest.fixture

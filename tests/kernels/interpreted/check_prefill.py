@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 
 from tests.kernels.comparing import check_scores, exact_scores, scores, unfused_weigh
 from tests.ops.prompts import Layer, make_layer, vision_at
-from tgvkv_compile.ops.kernels import prefill as kernels
-from tgvkv_compile.ops.kernels.prefill import fused_applies, fused_weigh
+from tgvkv_compile.ops.kernels.triton import weigh as kernels
+from tgvkv_compile.ops.kernels.triton.weigh import fused_applies, fused_weigh
 
 MASKS = ["none", "bool", "additive", "prefix", "both"]
 

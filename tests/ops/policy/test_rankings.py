@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.ops.prompts import Layer, make_layer, vision_at
-from tgvkv_compile.ops.attention import scaled_dot_product_attention_with_lse
+from tgvkv_compile.ops.attention.sdpa import scaled_dot_product_attention_with_lse
 from tgvkv_compile.ops.policy.layer import Ranked
 from tgvkv_compile.ops.policy.named import RANKINGS
 from tgvkv_compile.ops.policy.rank import TokenRanks, rank_tokens

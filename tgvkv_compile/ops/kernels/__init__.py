@@ -1,8 +1,4 @@
-"""Kernels behind the opaque ops: in Triton for CUDA devices (`docs/gpu.md`), in C++ for CPUs (`cpu`).
-
-`decode` and `prefill` launch what `decode_kernels` and `prefill_kernels` hold. Only these four import Triton, and the first
-call that needs them imports them: importing the package must not need it.
-"""
+"""Kernels behind the opaque ops: in Triton for CUDA devices (`triton`, `docs/gpu.md`), in C++ for CPUs (`cpu`)."""
 
 import functools
 import importlib.util

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tgvkv_compile.ops.attention_rows import AttentionRows
+from tgvkv_compile.ops.attention.rows import AttentionRows
 from tgvkv_compile.ops.token_types import TokenTypes
 from tgvkv_compile.ops.weighing import Walk, Weighed, add_rows, weigh
 

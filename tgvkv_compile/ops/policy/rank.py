@@ -9,12 +9,12 @@ from torch import Tensor
 
 from tgvkv_compile.config import EvictionConfig, name_of
 from tgvkv_compile.errors import ConfigError
-from tgvkv_compile.ops.attention_rows import AttentionRows
+from tgvkv_compile.ops.attention.rows import AttentionRows
 from tgvkv_compile.ops.policy.layer import Layer, Ranked, Ranking, attending, materialised
 from tgvkv_compile.ops.policy.named import RANKINGS
 from tgvkv_compile.ops.policy.returned import check_tensor
 from tgvkv_compile.ops.policy.share import mean_share
-from tgvkv_compile.ops.tensor_parallel import mean_over_ranks, over_ranks
+from tgvkv_compile.ops.ranks import mean_over_ranks, over_ranks
 from tgvkv_compile.ops.token_types import TokenTypes
 from tgvkv_compile.ops.weighing import Walk
 
@@ -58,7 +58,7 @@ def rank_tokens(
         is_causal: Whether rows see no later column, besides what the mask says; only where `R` is `S`.
         scale: The factor on the logits.
         lse: `[B, H, R]` float32, the log-sum-exp of each row's visible logits, where attention gives it
-            (`ops.attention`): then less is computed.
+            (`ops.attention.sdpa`): then less is computed.
         group: Name of the process group over whose ranks heads are split: `q`, `k` and `lse` are of this rank's heads, all else
             is equal on all ranks, and so are the bits of the result. None: all heads are here.
         **options: `ranking`, `layer`, `budget` and `budget_of` of [`rank_by_walk`][].

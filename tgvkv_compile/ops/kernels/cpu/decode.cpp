@@ -1,4 +1,4 @@
-// One decode step of one layer on CPUs: append, attend, score and choose. The plain functions in `ops/decode_step.py` say
+// One decode step of one layer on CPUs: append, attend, score and choose. The plain functions in `ops/cache/decode_step.py` say
 // what each part computes, `ops/state.py` what the tensors are. Two passes: over samples and key/value heads, each thread on
 // slots that no other touches; then over samples.
 

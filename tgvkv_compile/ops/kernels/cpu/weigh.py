@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tgvkv_compile.ops.attention_rows import AttentionRows
+from tgvkv_compile.ops.attention.rows import AttentionRows
 from tgvkv_compile.ops.kernels.cpu.compiled import kernel, record
 
 _SIZES = (

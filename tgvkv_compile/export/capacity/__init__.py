@@ -1,0 +1,1 @@
+"""How many slots each layer of an engine has."""

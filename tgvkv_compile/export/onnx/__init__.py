@@ -1,0 +1,1 @@
+"""ONNX files, and ONNX Runtime on them."""

@@ -1,0 +1,122 @@
+"""Attention over a layer's segment of the arena. Shared by the decode and continuation ops."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tgvkv_compile.ops.attention.probabilities import attention_probabilities, exact_matmul, masked_softmax
+from tgvkv_compile.ops.state import CompactState
+
+
+class Attended(NamedTuple):
+    """What queries saw of a segment's `W` slots.
+
+    Attributes:
+        output: `[B, H, Q, D]`, dtype of the query.
+        attention: float32 `[B, Q, W]`, averaged over heads; 0 where empty.
+        positions: int64 `[B, W]`, of the entries, -1 where empty.
+    """
+
+    output: Tensor
+    attention: Tensor
+    positions: Tensor
+
+
+def attend_segment(
+    query: Tensor,
+    state: CompactState,
+    start: Tensor,
+    used: Tensor,
+    scale: float,
+    sees: Callable[[Tensor], Tensor] | None = None,
+) -> Attended:
+    """Attention to the first `used` slots from `start`, all of them occupied.
+
+    On the CPU each sample attends to its own slots where they lie: the lengths are at hand, and gathering the segments of a
+    batch into one tensor took as long as all the rest. Elsewhere reading lengths would stall the device, so every sample
+    attends to the whole arena from `start` on, with a mask.
+
+    Args:
+        query: `[B, H, Q, D]`.
+        state: Its arenas and `slot_position` are read, no more.
+        start: int64 `[B]`.
+        used: int64 `[B]`.
+        scale: What `q @ k` is multiplied by.
+        sees: Given positions `[B, W]`, tells which of them each query sees, bool `[B, Q, W]`; all that are occupied by default.
+    """
+    key_arena, value_arena, slot_position = state.key_arena, state.value_arena, state.slot_position
+    if key_arena.device.type != "cpu":
+        width = key_arena.shape[2]
+        positions = segment_positions(slot_position, start, used, width)
+        visible = (positions >= 0)[:, None] if sees is None else sees(positions)
+        index = _slots(start, width, width)[:, None, :, None].expand(-1, key_arena.shape[1], -1, key_arena.shape[3])
+        key, value = key_arena.gather(2, index), value_arena.gather(2, index)
+        output, attention = attend(query, key, value, visible[:, None], scale)
+        return Attended(output, attention, positions)
+    return _attend_apart(query, state, start, used, scale, sees)
+
+
+def _attend_apart(
+    query: Tensor,
+    state: CompactState,
+    start: Tensor,
+    used: Tensor,
+    scale: float,
+    sees: Callable[[Tensor], Tensor] | None,
+) -> Attended:
+    """[`attend_segment`][] sample by sample, on the slots where they lie; only logits are padded to the longest sample."""
+    batch, heads, queries, dim = query.shape
+    kv_heads = state.key_arena.shape[1]
+    lengths = used.tolist()
+    slots = [slice(first, first + length) for first, length in zip(start.tolist(), lengths, strict=True)]
+    positions = segment_positions(state.slot_position, start, used, max(lengths))
+    grouped = (query.to(torch.float32) * scale).reshape(batch, kv_heads, heads // kv_heads * queries, dim)
+    logits = grouped.new_full((*grouped.shape[:3], positions.shape[1]), torch.finfo(torch.float32).min)
+    output = torch.empty_like(grouped)
+    with torch.autocast(query.device.type, enabled=False):  # it would round both operands
+        for sample, part in enumerate(slots):
+            key = state.key_arena[sample, :, part].to(torch.float32)
+            logits[sample, ..., : lengths[sample]] = torch.bmm(grouped[sample], key.transpose(1, 2))
+        probabilities = masked_softmax(
+            logits.view(batch, heads, queries, -1), None if sees is None else sees(positions)[:, None]
+        )
+        shares = probabilities.view(logits.shape)
+        for sample, part in enumerate(slots):
+            value = state.value_arena[sample, :, part].to(torch.float32)
+            torch.bmm(shares[sample, ..., : lengths[sample]], value, out=output[sample])
+    return Attended(output.view(query.shape).to(query.dtype), probabilities.mean(1), positions)
+
+
+def segment_positions(slot_position: Tensor, start: Tensor, used: Tensor, width: int) -> Tensor:
+    """Positions int64 `[B, width]` of the first `used` slots from `start`, -1 behind them; arguments as of `attend_segment`."""
+    index = _slots(start, width, slot_position.shape[1])
+    offset = torch.arange(width, device=start.device)
+    return torch.where(offset < used[:, None], slot_position.gather(1, index).long(), -1)
+
+
+def _slots(start: Tensor, width: int, slots: int) -> Tensor:
+    """int64 `[B, width]`, the slots from `start` on; the last slot stands for those that do not exist."""
+    return (start[:, None] + torch.arange(width, device=start.device)).clamp(max=slots - 1)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention, with what it pays to each key.
+
+    Args:
+        query: `[B, H, Q, D]`.
+        key: `[B, Hkv, W, D]`.
+        value: `[B, Hkv, W, D]`.
+        visible: bool `[B, 1, Q|1, W]`; None: everything is.
+        scale: What `q @ k` is multiplied by.
+
+    Returns:
+        `(output [B, H, Q, D] of query's dtype, attention float32 [B, Q, W] averaged over heads)`.
+    """
+    batch, heads, queries, dim = query.shape
+    kv_heads = key.shape[1]
+    probabilities = attention_probabilities(query, key, visible, scale)
+    grouped = probabilities.reshape(batch, kv_heads, heads // kv_heads * queries, -1)
+    output = exact_matmul(grouped, value.float()).reshape(batch, heads, queries, dim)
+    return output.to(query.dtype), probabilities.mean(1)

@@ -1,0 +1,1 @@
+"""Passes of exported graphs alone, whose shapes are static."""
