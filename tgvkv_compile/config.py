@@ -3,20 +3,23 @@
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
-from tgvkv_compile.errors import ConfigError, UnknownOptionError
+from tgvkv_compile.errors import ConfigError, InternalError, UnknownOptionError
 
 BudgetOf = Literal["all", "vision"]
 Budgeting = Literal["tvb", "waterfill", "uniform", "pyramid"]
 Ranking = Literal["twr", "snapkv", "h2o", "streaming", "knorm", "random"]
 DecodeMode = Literal["ratio", "fixed", "keep"]
+KVDtype = Literal["int8", "int4", "float8_e4m3fn"]
 Lowering = Literal["inductor", "aot_eager", "eager"]
 CompileMode = Literal["reduce-overhead", "max-autotune"]
 OnUnsupported = Literal["raise", "passthrough"]
 
 SINK_TOKENS = 4  # the authors' released code keeps the first four positions
+BUDGET = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +28,7 @@ class EvictionConfig:
 
     Attributes:
         budget: A `float` in (0, 1] is the fraction of KV kept after prefill, averaged over layers; an `int` >= 1 is the
-            number of tokens kept per layer on average (`rho = min(1, budget / N)`).
+            number of tokens kept per layer on average (`rho = min(1, budget / N)`). None: 0.05, or what `memory` allows.
         budget_of: What the budget is a fraction of: the whole prompt's KV (`"all"`, the paper's main setting) or the
             vision tokens' KV, all text being kept (`"vision"`, the paper's Table 8).
         budgeting: How layers share it: `"tvb"` (paper section 4.1, as released), `"waterfill"` (same weights, the
@@ -35,17 +38,29 @@ class EvictionConfig:
         sink_tokens: How many first positions are always kept.
         ranking: Which tokens of a prompt stay (`docs/policies.md`): `"twr"` (as released), `"snapkv"`, `"h2o"`, `"streaming"`,
             `"knorm"`, `"random"`, or a function from a `Layer` to what it is `Ranked`.
+        kv_dtype: How kept keys and values are held (`docs/quantised-cache.md`): `"int8"`, `"int4"`, `"float8_e4m3fn"`; None: in
+            the model's own dtype. A budget counts tokens, whatever they are held in.
+        memory: In place of `budget`, the bytes that a sample's kept keys and values may take after prefill, scales included: an
+            `int`, or text such as `"64MiB"`. The budget is then the tokens per layer that fit (on each rank, those of its
+            heads). Needs `budget_of="all"`.
     """
 
-    budget: float | int = 0.05
+    budget: float | int | None = None
     budget_of: BudgetOf = "all"
     budgeting: Budgeting | Callable[..., Any] = "tvb"
     decode: DecodeMode = "ratio"
     sink_tokens: int = SINK_TOKENS
     ranking: Ranking | Callable[..., Any] = "twr"
+    kv_dtype: KVDtype | None = None
+    memory: int | str | None = None
 
     def __post_init__(self) -> None:
-        _check_budget(self.budget)
+        if self.memory is not None:
+            self._take_memory(self.memory)
+        else:
+            if self.budget is None:
+                object.__setattr__(self, "budget", BUDGET)
+            _check_budget(self.budget)
         check_choice("budget_of", self.budget_of, BudgetOf)
         if not callable(self.budgeting):
             check_choice("budgeting", self.budgeting, Budgeting, otherwise="or give a function")
@@ -53,6 +68,27 @@ class EvictionConfig:
         check_count("sink_tokens", self.sink_tokens, minimum=0)
         if not callable(self.ranking):
             check_choice("ranking", self.ranking, Ranking, otherwise="or give a function")
+        check_choice("kv_dtype", self.kv_dtype, KVDtype, optional=True)
+
+    def _take_memory(self, memory: int | str) -> None:
+        if self.budget is not None:
+            raise ConfigError(f"budget={self.budget!r} and memory={memory!r} were both given; give one of them")
+        if self.budget_of != "all":
+            raise ConfigError(
+                f"memory={memory!r} needs budget_of='all': with budget_of={self.budget_of!r} all text is kept, however long"
+            )
+        object.__setattr__(self, "memory", parse_bytes("memory", memory))
+
+    @property
+    def limit(self) -> float | int:
+        """The budget.
+
+        Raises:
+            InternalError: Memory was given in its place, and how many tokens fit is known only with a model.
+        """
+        if self.budget is None:
+            raise InternalError(f"memory={self.memory} has not become a budget yet")
+        return self.budget
 
     def for_ranking(self) -> dict[str, Any]:
         """What a function in a graph that ranks one layer's tokens takes of it (`ops.policy.rank.rank_by_walk`)."""
@@ -60,7 +96,8 @@ class EvictionConfig:
 
     def constants(self) -> dict[str, Any]:
         """What functions in a graph make such a record of again: plain values; who needs a function is handed it itself."""
-        plain = {name: getattr(self, name) for name in names_of(EvictionConfig) if name != "ranking"}
+        others = ("ranking", "kv_dtype", "memory")
+        plain = {name: getattr(self, name) for name in names_of(EvictionConfig) if name not in others}
         if callable(self.budgeting):
             plain["budgeting"] = "waterfill"  # its bounds and rates are those of whatever is filled
         return plain
@@ -115,6 +152,28 @@ def check_choice(name: str, value: object, choices: Any, *, optional: bool = Fal
         return
     text = ", ".join(repr(choice) for choice in ((None, *allowed) if optional else allowed))
     raise ConfigError(f"{name}={value!r} is not known; choose one of {text}{', ' if otherwise else ''}{otherwise}")
+
+
+_UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def parse_bytes(name: str, value: object) -> int:
+    """A number of bytes from an int, or from text: a number with a unit, as in `"1.5 GiB"`.
+
+    Raises:
+        ConfigError: It is neither, or less than one byte.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value) if isinstance(value, str) else None
+    if found is not None and found[2] in _UNITS:
+        size = int(float(found[1]) * _UNITS[found[2]])
+    elif isinstance(value, int) and not isinstance(value, bool):
+        size = value
+    else:
+        units = ", ".join(unit for unit in _UNITS if unit)
+        raise ConfigError(f"{name}={value!r} is no size; give a number of bytes, or text such as '64MiB' (units: {units})")
+    if size < 1:
+        raise ConfigError(f"{name}={value!r} is less than one byte")
+    return size
 
 
 def check_count(name: str, value: object, *, minimum: int) -> None:

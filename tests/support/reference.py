@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicLaye
 from transformers.masking_utils import sdpa_mask
 
 from tests.support.oracle import Oracle
+from tests.support.quantising import as_held
 from tests.support.running import Kept, Trace, positions_of, traced_generate
 from tgvkv_compile.config import EvictionConfig
 
@@ -133,6 +134,12 @@ class Session:
             mask: `[B, 1, Q, S]` bool, what the model lets attention see.
             scale: The factor on the logits.
         """
+        if self._config.kv_dtype is not None and layer in self._evicted and self._oracles:
+            new = query.shape[2]  # a call sees its own tokens as they are
+            key, value = (
+                torch.cat([as_held(x[:, :, :-new], self._config.kv_dtype, keys=x is key).to(x.dtype), x[:, :, -new:]], dim=2)
+                for x in (key, value)
+            )
         group = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
         logits = query.float() @ key.float().transpose(2, 3) * scale

@@ -10,13 +10,13 @@ from tgvkv_compile.backend.wrappers import module_to_compile
 Model = TypeVar("Model", bound=torch.nn.Module)
 
 
-def compile(model: Model, budget: float | int = 0.05, **options: Any) -> Model:
+def compile(model: Model, budget: float | int | None = None, **options: Any) -> Model:
     """Compiles a model in place with a KV budget.
 
     Args:
         model: A transformers vision-language model (any `torch.nn.Module` whose call dynamo can trace). Where PEFT,
             accelerate, DistributedDataParallel or FSDP put a wrapper around one, the model inside is compiled.
-        budget: Float in (0, 1]: fraction of KV kept. Int >= 1: tokens kept per layer, on average.
+        budget: Float in (0, 1]: fraction of KV kept. Int >= 1: tokens kept per layer, on average. 0.05 by default.
         **options: The other keyword arguments of `tgvkv_backend`.
 
     Returns:

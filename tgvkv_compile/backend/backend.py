@@ -13,11 +13,12 @@ from tgvkv_compile.backend import dynamo
 from tgvkv_compile.backend.analysis import Analysis, analyse
 from tgvkv_compile.backend.arena_sizes import counter_of, fewest_vision, slots_of_example
 from tgvkv_compile.backend.cut import Cut
+from tgvkv_compile.backend.memory import with_budget
 from tgvkv_compile.backend.options import BackendOptions, misplaced, read_options, takes
 from tgvkv_compile.backend.programs import CachedProgram, PrefillProgram, Refusal, Source, key_weight
 from tgvkv_compile.backend.versions import warn_of_untried
 from tgvkv_compile.backend.vision_turn import LatePrefillProgram, VisionContinuationProgram
-from tgvkv_compile.errors import TgvkvError
+from tgvkv_compile.errors import ConfigError, TgvkvError
 from tgvkv_compile.fx.dump import Dumper
 from tgvkv_compile.lower import lower_dense, prepare_inductor
 from tgvkv_compile.passes.rewrite import ArenaSizes
@@ -103,7 +104,11 @@ class TgvkvBackend:
             return self._unsupported(error, graph)
 
     def _program(self, graph: Analysis) -> Callable[..., Any]:
-        options, gm, plan = self.options, graph.gm, graph.plan
+        gm, plan = graph.gm, graph.plan
+        try:
+            options = with_budget(self.options, plan)
+        except ConfigError as error:
+            return Refusal(error)
         counter = counter_of(graph, options)
         slots = slots_of_example(graph, options, fewest_vision(counter, graph.inputs))
         rewrite = functools.partial(
@@ -120,7 +125,7 @@ class TgvkvBackend:
             rewrite()
             self._tell(f"stop_after={options.stop_after!r}: graphs are rewritten for inspection, the model runs uncompressed")
             return self._dense(graph)
-        source = Source(rewrite, options, id(self), key_weight(plan, gm))
+        source = Source(rewrite, options, self.options.memory, id(self), key_weight(plan, gm))
         if plan.kind == "prefill":
             return PrefillProgram(source, counter)
         if plan.kind == "late_prefill":

@@ -14,6 +14,7 @@ from tgvkv_compile.backend.apart import compile_apart
 from tgvkv_compile.backend.arena_sizes import counter_of, fewest_vision, slots_of_example
 from tgvkv_compile.backend.cut import Cut
 from tgvkv_compile.backend.explanation import CacheEstimate, Explanation, GraphReport, SiteReport
+from tgvkv_compile.backend.memory import token_bytes, with_budget
 from tgvkv_compile.backend.options import BackendOptions, read_options
 from tgvkv_compile.backend.wrappers import module_of
 from tgvkv_compile.errors import NoAttentionError
@@ -26,7 +27,9 @@ from tgvkv_compile.runtime.inspect import CACHE_NAMES
 from tgvkv_compile.runtime.logical import LogicalKV
 
 
-def explain(model: torch.nn.Module, inputs: Mapping[str, Any], budget: float | int = 0.05, **options: Any) -> Explanation:
+def explain(
+    model: torch.nn.Module, inputs: Mapping[str, Any], budget: float | int | None = None, **options: Any
+) -> Explanation:
     """Runs a model's forward once, uncompiled, and tells what the backend would find, miss and do.
 
     The model stays as it is, compiled or not, and so do dynamo's flags: with `configure_dynamo=True` (the default) they are
@@ -121,11 +124,12 @@ def _describe(node: Node) -> str:
 
 def _capacity(graph: Analysis, options: BackendOptions) -> CacheEstimate:
     plan = graph.plan
+    options = with_budget(options, plan)
     vision = fewest_vision(counter_of(graph, options), graph.inputs)
     slots = slots_of_example(graph, options, vision)
     key, value = fake_tensor(plan.sites[0].key.node), fake_tensor(plan.sites[0].value.node)
     batch, heads, length, dim = (int(size) for size in key.shape)
-    entry = heads * dim * (key.element_size() + value.element_size())
+    full = heads * dim * (key.element_size() + value.element_size())
     layers = plan.num_layers
     return CacheEstimate(
         num_layers=layers,
@@ -134,8 +138,8 @@ def _capacity(graph: Analysis, options: BackendOptions) -> CacheEstimate:
         kept_tokens=kept_bound(layers, length, config=options.eviction, num_vision=vision),
         growth_reserve=options.growth_reserve,
         arena_slots=slots,
-        full_bytes=batch * layers * length * entry,
-        compact_bytes=batch * slots * (entry + torch.int32.itemsize),
+        full_bytes=batch * layers * length * full,
+        compact_bytes=batch * slots * (token_bytes(plan, options) + torch.int32.itemsize),
     )
 
 

@@ -132,9 +132,11 @@ class Explanation:
 
     def __str__(self) -> str:
         config = self.eviction
+        size = f"budget={config.budget} of {config.budget_of}" if config.memory is None else f"memory={config.memory} bytes"
+        held = "" if config.kv_dtype is None else f", kv_dtype={config.kv_dtype}"
         lines = [
-            f"{self.model}, budget={config.budget} of {config.budget_of}, ranking={name_of(config.ranking)}, "
-            f"budgeting={name_of(config.budgeting)}, decode={config.decode}"
+            f"{self.model}, {size}, ranking={name_of(config.ranking)}, "
+            f"budgeting={name_of(config.budgeting)}, decode={config.decode}{held}"
         ]
         described = [_graph_lines(graph) for graph in self.graphs]
         for first, last in _runs(described):

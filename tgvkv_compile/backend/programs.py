@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 
 from tgvkv_compile.backend.arena_sizes import fewest_vision
 from tgvkv_compile.backend.callers import refuse_assisted_decoding
+from tgvkv_compile.backend.memory import check_question, forms_of
 from tgvkv_compile.backend.options import BackendOptions
 from tgvkv_compile.errors import (
     CacheError,
@@ -58,13 +59,15 @@ class Source:
 
     Attributes:
         rewrite: Gives the rewritten graph, a new one each time.
-        options: Of the backend.
+        options: Of the backend, `memory` turned into a budget.
+        memory: Bytes that were asked for in place of a budget.
         backend: Its `id`.
         weight: From `key_weight`.
     """
 
     rewrite: Callable[[], Rewrite]
     options: BackendOptions
+    memory: int | str | None
     backend: int
     weight: int | None
 
@@ -181,6 +184,7 @@ class PrefillProgram:
         self._source = source
         self._layers = plan.num_layers
         self._slots = [(site.key.output, site.value.output) for site in plan.sites]
+        self._forms = forms_of(plan, source.options)
         self._length = size_reader(first.gm, fake_tensor(plan.sites[0].key.node).shape[2])
         self._counter = counter
 
@@ -203,8 +207,10 @@ class PrefillProgram:
         outputs, state = split_off(results, CompactState)
         if told.valid is not None:
             check_padding(told.valid)
+        check_question(options, self._source.memory, told.history, state.lengths)
         compact = CompactCache(
             state,
+            forms=self._forms,
             config=options.eviction,
             identity=self._source.identity(inputs, self._layers),
             history=told.history,

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from tgvkv_compile.backend.callers import refuse_assisted_decoding
+from tgvkv_compile.backend.memory import check_question, forms_of
 from tgvkv_compile.backend.programs import (
     CachedProgram,
     CompiledRewrite,
@@ -64,6 +65,7 @@ class VisionContinuationProgram(CachedProgram):
         given = [*self._rest(inputs), *compact.candidates()]
         tokens = self._tokens(given)
         turn = _read(self._compiled.fitting(given)(*given), self._slots)
+        check_question(self._source.options, self._source.memory, turn.decided.history, turn.decided.lengths)
         compact.reselect(tokens, turn.candidates, turn.choices, turn.decided)
         compact.padded_turns = compact.padded_turns or not bool(turn.decided.valid.all())
         put_handles(turn.outputs, self._slots, compact)
@@ -82,6 +84,7 @@ class LatePrefillProgram:
         self._compiled = CompiledRewrite(source, first)
         self._source = source
         self._slots = [(site.key.output, site.value.output) for site in plan.sites]
+        self._forms = forms_of(plan, source.options)
         past = plan.sites[0].key.past
         assert past is not None
         self._past = size_reader(first.gm, fake_tensor(past).shape[2])
@@ -94,8 +97,10 @@ class LatePrefillProgram:
         options = self._source.options
         length = self._past(inputs) + self._tokens(inputs)
         turn = _read(self._compiled.fitting(inputs)(*inputs), self._slots)
+        check_question(options, self._source.memory, turn.decided.history, turn.decided.lengths)
         compact = CompactCache(
             select_candidates(turn.candidates, turn.choices, turn.decided, options.growth_reserve, options.eviction),
+            forms=self._forms,
             config=options.eviction,
             identity=self._source.identity(inputs, len(self._slots)),
             history=turn.decided.history,

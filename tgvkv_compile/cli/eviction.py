@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tgvkv_compile.config import Budgeting, BudgetOf, DecodeMode, EvictionConfig, Ranking
+from tgvkv_compile.config import Budgeting, BudgetOf, DecodeMode, EvictionConfig, KVDtype, Ranking
 
 Eviction = dict[str, Any]
 """Fields of `EvictionConfig` by name; `budget` is text, which `cli.inputs.parse_budget` reads."""
@@ -24,6 +24,8 @@ _OPTIONS: dict[str, Any] = {
     ],
     "budgeting": Annotated[Budgeting, typer.Option(help="How the layers share the budget.")],
     "decode": Decode,
+    "kv_dtype": Annotated[KVDtype | None, typer.Option(help="How kept KV is held: quantised, or as the model's own dtype.")],
+    "memory": Annotated[str | None, typer.Option(help="Bytes per sample in place of a budget, such as 64MiB.")],
 }
 
 

@@ -50,6 +50,12 @@ def state_schema(*written: str) -> str:
     )
 
 
+def read_state(arguments: Sequence[Any]) -> tuple[CompactState, Sequence[Any]]:
+    """Takes a [`CompactState`][] off the front of an op's arguments, which are as its schema lists them."""
+    count = len(CompactState._fields)
+    return CompactState(*arguments[:count]), arguments[count:]
+
+
 class Prefilled(NamedTuple):
     """What a prefill tells beside its `CompactState`, at the end of its outputs, in this order.
 

@@ -5,11 +5,13 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.errors import InternalError
 from tgvkv_compile.fx.dead_code import remove_dead
 from tgvkv_compile.fx.insert import insert_call, insert_placeholder
 from tgvkv_compile.fx.meta import fake_tensor, output_nodes
 from tgvkv_compile.ops.cache.continue_step import advance_lengths
+from tgvkv_compile.ops.cache.rows import RowForm
 from tgvkv_compile.ops.state import CompactState
 from tgvkv_compile.passes.rewrite import ArenaSizes, Rewrite
 from tgvkv_compile.plan import GraphPlan
@@ -30,13 +32,15 @@ def _fake_state(rewrite: Rewrite) -> CompactState:
     """Fake tensors of a compact state of the graph's shapes; the arena's size is symbolic."""
     key = fake_tensor(rewrite.plan.sites[0].key.node)
     value = fake_tensor(rewrite.plan.sites[0].value.node)
-    batch, heads, _, dim = key.shape
+    batch, heads = key.shape[:2]
+    forms = [RowForm.of(tensor, rewrite.config.kv_dtype) for tensor in (key, value)]
     device, env = key.device, rewrite.environment
     slots = env.symbol("tgvkv_slots", rewrite.get(ArenaSizes).slots)
-    arena, per_layer = (batch, heads, slots, dim), (batch, rewrite.plan.num_layers)
+    arenas = [env.tensor((batch, heads, slots, form.size), form.dtype, device) for form in forms]
+    per_layer = (batch, rewrite.plan.num_layers)
     return CompactState(
-        key_arena=env.tensor(arena, key.dtype, device),
-        value_arena=env.tensor(arena, value.dtype, device),
+        key_arena=arenas[0],
+        value_arena=arenas[1],
         slot_position=env.tensor((batch, slots), torch.int32, device),
         segment_start=env.tensor(per_layer, torch.int64, device),
         segment_len=env.tensor(per_layer, torch.int64, device),
@@ -45,6 +49,11 @@ def _fake_state(rewrite: Rewrite) -> CompactState:
         keep_rate=env.tensor(per_layer, torch.float32, device),
         lengths=env.tensor((batch,), torch.int64, device),
     )
+
+
+def held_as(config: EvictionConfig) -> dict[str, Any]:
+    """The keyword that tells operations on arenas how these hold keys and values; none where as the model does."""
+    return {} if config.kv_dtype is None else {"kv_dtype": config.kv_dtype}
 
 
 def close(gm: GraphModule, plan: GraphPlan, state: CompactState, mask: Node | None) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.errors import CacheError
 from tgvkv_compile.ops.cache.packing import evict_into, new_arena
+from tgvkv_compile.ops.cache.rows import KVForms, from_rows
 from tgvkv_compile.ops.eviction.budgeting import growth_bound, kept_bound, segment_capacity
 from tgvkv_compile.ops.state import Choice, CompactState, Reselected, Survivors
 
@@ -53,9 +54,9 @@ def select_candidates(
     kept, rate, lengths = decided.kept, decided.keep_rate, decided.lengths
     capacity = segment_capacity(kept, rate, lengths, reserve, config=config)
     start = capacity.cumsum(1) - capacity
-    arena = new_arena(*kv[0], round_slots(int(capacity.sum(1).max()) + 1))
+    arena = new_arena(*kv[0], round_slots(int(capacity.sum(1).max()) + 1), config.kv_dtype)
     for layer, ((key, value), choice) in enumerate(zip(kv, choices, strict=True)):
-        evict_into(arena, key, value, choice.keep, choice.positions, start[:, layer])
+        evict_into(arena, key, value, choice.keep, choice.positions, start[:, layer], config.kv_dtype)
     return CompactState(
         *arena,
         segment_start=start,
@@ -100,6 +101,7 @@ class CompactCache:
 
     Attributes:
         state: The tensors (see `CompactState`).
+        forms: What rows of the arenas look like; None: as the model's keys and values do.
         config: The eviction options.
         identity: Whom it belongs to.
         history: bool `[B, P]`, which positions are vision; all after the last of them are text.
@@ -116,6 +118,7 @@ class CompactCache:
         self,
         state: CompactState,
         *,
+        forms: KVForms | None = None,
         config: EvictionConfig,
         identity: CacheIdentity,
         history: Tensor,
@@ -124,6 +127,7 @@ class CompactCache:
         room: int,
     ) -> None:
         self.state = _writable(state)
+        self.forms = forms if forms is not None else KVForms.plain(state.key_arena, state.value_arena)
         self.config = config
         self.identity = identity
         self.history = history
@@ -244,6 +248,7 @@ class CompactCache:
     def _with(self, state: CompactState, history: Tensor) -> "CompactCache":
         other = CompactCache(
             state,
+            forms=self.forms,
             config=self.config,
             identity=self.identity,
             history=history,
@@ -316,9 +321,11 @@ class CompactCache:
         width = max(2, int((positions < far).sum(1).max()))
         order = positions.argsort(dim=1)[:, :width]
         positions = positions.gather(1, order)
-        wide = order[:, None, :, None].expand(-1, state.key_arena.shape[1], -1, state.key_arena.shape[3])
         kept = torch.where(positions < far, positions, -1)
-        return Survivors(state.key_arena.gather(2, wide), state.value_arena.gather(2, wide), kept)
+        index = order[:, None, :, None].expand(-1, state.key_arena.shape[1], -1, state.key_arena.shape[3])
+        arenas = zip((state.key_arena, state.value_arena), self.forms, strict=True)
+        key, value = (from_rows(arena.gather(2, index), form, keys=arena is state.key_arena) for arena, form in arenas)
+        return Survivors(key, value, kept)
 
     def _suffix_sizes(self) -> Tensor:
         """`P_l`, int64 `[B, L]`: the size of the protected suffix does not change while decoding."""
@@ -340,9 +347,8 @@ class CompactCache:
         old = self.state
         slots = round_slots(int(capacity.sum(1).max()) + 1)
         start = capacity.cumsum(1) - capacity
-        batch, heads, _, dim = old.key_arena.shape
-        key = old.key_arena.new_zeros((batch, heads, slots, dim))
-        value = torch.zeros_like(key, dtype=old.value_arena.dtype)
+        batch, heads = old.key_arena.shape[:2]
+        key, value = (arena.new_zeros((batch, heads, slots, arena.shape[3])) for arena in (old.key_arena, old.value_arena))
         position = torch.full((batch, slots), -1, dtype=old.slot_position.dtype, device=key.device)
         entries = _entries(old)
         length = entries.sum(2)

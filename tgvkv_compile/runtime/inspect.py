@@ -25,6 +25,10 @@ class CacheReport:
         physical_bytes: What keys and values really occupy: the arenas with their growth reserve, and the slot positions.
         logical_bytes: What the full keys and values would occupy.
         reserve_bytes: The part of `physical_bytes` that holds no entry now: growth reserve and rounding.
+        key_bytes: The part that holds keys, scales left out. What is left of it is the entries' positions, 4 bytes each.
+        value_bytes: The part that holds values, scales left out.
+        scale_bytes: The part that holds the scales of quantised keys and values.
+        kv_dtype: How keys and values are held, as in `tgvkv_backend`; None: in the model's own dtype.
         ranking: Which tokens stayed: the name of the policy, of a function its own; None: nothing was evicted.
         budgeting: How layers shared the budget, likewise.
     """
@@ -36,6 +40,10 @@ class CacheReport:
     physical_bytes: int
     logical_bytes: int
     reserve_bytes: int
+    key_bytes: int
+    value_bytes: int
+    scale_bytes: int = 0
+    kv_dtype: str | None = None
     ranking: str | None = None
     budgeting: str | None = None
     _compact: CompactCache | None = dataclasses.field(repr=False, default=None)
@@ -114,18 +122,22 @@ def inspect_cache(cache: Any) -> CacheReport:
     if any(handle.compact is not compact for handle in handles):
         raise CacheError("the layers of this cache come from different requests")
     state = compact.state
-    arena, positions = state.key_arena, state.slot_position
-    entry = arena.shape[1] * arena.shape[3] * (arena.element_size() + state.value_arena.element_size())
-    num_layers = state.segment_start.shape[1]
-    slots = arena.shape[0] * arena.shape[2]
+    arena, positions, forms = state.key_arena, state.slot_position, compact.forms
+    heads, num_layers = arena.shape[1], state.segment_start.shape[1]
+    slots, held = arena.shape[0] * arena.shape[2], int(state.segment_len.sum())
+    entry = heads * forms.bytes + positions.element_size()
     return CacheReport(
         compressed=True,
         num_layers=num_layers,
         batch_size=compact.batch,
         logical_length=compact.logical_length,
-        physical_bytes=slots * (entry + positions.element_size()),
-        logical_bytes=compact.batch * num_layers * compact.logical_length * entry,
-        reserve_bytes=(slots - int(state.segment_len.sum())) * (entry + positions.element_size()),
+        physical_bytes=slots * entry,
+        logical_bytes=compact.batch * num_layers * compact.logical_length * heads * forms.unquantised_bytes,
+        reserve_bytes=(slots - held) * entry,
+        key_bytes=held * heads * forms.key.code_bytes,
+        value_bytes=held * heads * forms.value.code_bytes,
+        scale_bytes=held * heads * (forms.key.scale_bytes + forms.value.scale_bytes),
+        kv_dtype=compact.config.kv_dtype,
         ranking=name_of(compact.config.ranking),
         budgeting=name_of(compact.config.budgeting),
         _compact=compact,
@@ -135,5 +147,6 @@ def inspect_cache(cache: Any) -> CacheReport:
 def _dense_report(pairs: list[tuple[Tensor, Tensor]]) -> CacheReport:
     tensors = [tensor for pair in pairs for tensor in pair]
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    keys = sum(key.numel() * key.element_size() for key, _ in pairs)
     first = pairs[0][0]
-    return CacheReport(False, len(pairs), first.shape[0], first.shape[2], size, size, 0)
+    return CacheReport(False, len(pairs), first.shape[0], first.shape[2], size, size, 0, keys, size - keys)

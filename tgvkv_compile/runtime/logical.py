@@ -95,11 +95,11 @@ never_compile(LogicalKV.__torch_function__.__func__)  # type: ignore[attr-define
 
 def make_handle(compact: CompactCache, layer: int, role: Role) -> LogicalKV:
     """A handle of the compact cache's present logical length."""
-    arena = compact.state.key_arena
-    batch, heads, _, dim = arena.shape
+    arena, form = compact.state.key_arena, compact.forms.key
+    batch, heads = arena.shape[:2]
     with torch.inference_mode(False):
-        filler = torch.full((), float("nan"), dtype=arena.dtype, device=arena.device)
-        handle = torch.Tensor._make_subclass(LogicalKV, filler.expand(batch, heads, compact.logical_length, dim))
+        filler = torch.full((), float("nan"), dtype=form.model, device=arena.device)
+        handle = torch.Tensor._make_subclass(LogicalKV, filler.expand(batch, heads, compact.logical_length, form.dim))
     handle.compact, handle.layer, handle.role = compact, layer, role
     for dim in (0, 2):
         maybe_mark_dynamic(handle, dim)

@@ -7,19 +7,18 @@ import torch
 from torch import Tensor, library
 
 from tgvkv_compile.ops.attention.masks import valid_columns, visible_among_new
-from tgvkv_compile.ops.cache.segments import attend_segment
-from tgvkv_compile.ops.state import WRITTEN_BY_STEPS, CompactState, state_schema
+from tgvkv_compile.ops.cache.segments import NewTokens, append, attend_segment
+from tgvkv_compile.ops.state import WRITTEN_BY_STEPS, CompactState, read_state, state_schema
 
 
 @library.custom_op(
     "tgvkv::continue_step",
     mutates_args=WRITTEN_BY_STEPS,
     schema=f"(Tensor query, Tensor key, Tensor value, Tensor? mask, {state_schema(*WRITTEN_BY_STEPS)}, "
-    "SymInt layer, float scale) -> Tensor",
+    "SymInt layer, float scale, str? kv_dtype=None) -> Tensor",
 )
 def _continue_step(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *rest: Any) -> Tensor:
-    *tensors, layer, scale = rest
-    state = CompactState(*tensors)
+    state, (layer, scale, *held) = read_state(rest)
     batch, _, count, _ = query.shape
     device = query.device
     among_new = visible_among_new(mask, batch, count, device)  # [B, Q, Q]
@@ -29,15 +28,15 @@ def _continue_step(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Non
     # The first new token fills the slot that was evicted last, the others go behind the segment's end.
     slot = torch.where(rank == 0, state.next_slot[:, layer, None], start[:, None] + length[:, None] + rank)
     slot = torch.where(valid, slot, state.slot_position.shape[1] - 1)
+    new = NewTokens(key, value, slot, *(held or (None,)))
+    append(state, new)
     samples = torch.arange(batch, device=device)[:, None]
-    state.key_arena[samples, :, slot] = key.transpose(1, 2).to(state.key_arena.dtype)
-    state.value_arena[samples, :, slot] = value.transpose(1, 2).to(state.value_arena.dtype)
     position = torch.where(valid, lengths[:, None] + rank, -1)
     state.slot_position[samples, slot] = position.to(state.slot_position.dtype)
 
     grown = length + valid.sum(1)
     sees = functools.partial(_visible, among_new=among_new, valid=valid, rank=rank, lengths=lengths)
-    seen = attend_segment(query, state, start, grown, scale, sees)
+    seen = attend_segment(query, state, start, grown, scale, new, sees)
 
     state.segment_len[:, layer] = grown
     state.next_slot[:, layer] = start + grown
@@ -71,7 +70,15 @@ def _(query: Tensor, *_: object) -> Tensor:
 
 
 def continue_step(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, state: CompactState, *, layer: int, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    state: CompactState,
+    *,
+    layer: int,
+    scale: float,
+    kv_dtype: str | None = None,
 ) -> Tensor:
     """Several new tokens of a later turn, on one layer's segment; the state is updated in place.
 
@@ -85,11 +92,12 @@ def continue_step(
         state: The compact cache; `lengths` counts the tokens before these and is left as it is.
         layer: Which segment.
         scale: What `q @ k` is multiplied by.
+        kv_dtype: How the arenas hold keys and values, see `EvictionConfig`.
 
     Returns:
         The attention output `[B, H, Q, D]`, dtype of `query`.
     """
-    output: Tensor = torch.ops.tgvkv.continue_step(query, key, value, mask, *state, layer, scale)
+    output: Tensor = torch.ops.tgvkv.continue_step(query, key, value, mask, *state, layer, scale, kv_dtype)
     return output
 
 

@@ -7,14 +7,14 @@ from torch import Tensor, library
 
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.ops import kernels
-from tgvkv_compile.ops.cache.segments import attend_segment
+from tgvkv_compile.ops.cache.segments import NewTokens, append, attend_segment
 from tgvkv_compile.ops.eviction.decode import choose_eviction, next_protected
 from tgvkv_compile.ops.kernels.cpu import decode as cpu_decode
-from tgvkv_compile.ops.state import WRITTEN_BY_STEPS, CompactState, state_schema
+from tgvkv_compile.ops.state import WRITTEN_BY_STEPS, CompactState, read_state, state_schema
 
 
 def append_and_attend(
-    query: Tensor, key: Tensor, value: Tensor, state: CompactState, layer: int, scale: float
+    query: Tensor, key: Tensor, value: Tensor, state: CompactState, layer: int, scale: float, kv_dtype: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The new token goes to its slot and attends to its segment; the arenas and `slot_position` are updated in place.
 
@@ -25,17 +25,17 @@ def append_and_attend(
         state: Before this token.
         layer: Which segment.
         scale: What `q @ k` is multiplied by.
+        kv_dtype: How the arenas hold keys and values, see `EvictionConfig`.
 
     Returns:
         `(output [B, H, 1, D], head-mean attention float32 [B, W], positions int64 [B, W])`, of the segment's `W` entries.
     """
     samples = torch.arange(query.shape[0], device=query.device)
     slot = state.next_slot[:, layer]
-    # Under autocast a step's keys or values may have another dtype than the prompt's.
-    state.key_arena[samples, :, slot] = key[:, :, 0].to(state.key_arena.dtype)
-    state.value_arena[samples, :, slot] = value[:, :, 0].to(state.value_arena.dtype)
+    new = NewTokens(key, value, slot[:, None], kv_dtype)
+    append(state, new)
     state.slot_position[samples, slot] = state.lengths.to(state.slot_position.dtype)
-    seen = attend_segment(query, state, state.segment_start[:, layer], state.segment_len[:, layer] + 1, scale)
+    seen = attend_segment(query, state, state.segment_start[:, layer], state.segment_len[:, layer] + 1, scale, new)
     return seen.output, seen.attention[:, 0], seen.positions
 
 
@@ -78,15 +78,14 @@ def evict(attention: Tensor, positions: Tensor, state: CompactState, *, layer: i
 library.define(
     "tgvkv::decode_step",
     f"(Tensor query, Tensor key, Tensor value, {state_schema(*WRITTEN_BY_STEPS)}, "
-    "SymInt layer, float scale, str decode, SymInt sink_tokens) -> Tensor",
+    "SymInt layer, float scale, str decode, SymInt sink_tokens, str? kv_dtype=None) -> Tensor",
 )
 
 
 def _decode_step(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
     """The plain functions, on any device."""
-    *state, layer, scale, decode, sink_tokens = rest
-    compact = CompactState(*state)
-    output, attention, positions = append_and_attend(query, key, value, compact, layer, scale)
+    compact, (layer, scale, decode, sink_tokens, *held) = read_state(rest)
+    output, attention, positions = append_and_attend(query, key, value, compact, layer, scale, *held)
     evict(attention, positions, compact, layer=layer, decode=decode, sink_tokens=sink_tokens)
     return output
 
@@ -96,9 +95,8 @@ library.impl("tgvkv::decode_step", "default", _decode_step)
 
 def _decode_step_on_cpu(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
     """A kernel in C++; the plain functions for what it is not made for, and without a compiler."""
-    *state, layer, scale, decode, sink_tokens = rest
-    compact = CompactState(*state)
-    kernel = cpu_decode.kernel_for(query, key, value, compact)
+    compact, (layer, scale, decode, sink_tokens, *held) = read_state(rest)
+    kernel = cpu_decode.kernel_for(query, key, value, compact, *held)
     if kernel is None:
         return _decode_step(query, key, value, *rest)
     return cpu_decode.decode_step_by(kernel, query, key, value, compact, layer, scale, decode, sink_tokens)
@@ -113,8 +111,7 @@ def _decode_step_on_cuda(query: Tensor, key: Tensor, value: Tensor, *rest: Any) 
         return _decode_step(query, key, value, *rest)
     from tgvkv_compile.ops.kernels.triton import decode as fused
 
-    *state, layer, scale, decode, sink_tokens = rest
-    compact = CompactState(*state)
+    compact, (layer, scale, decode, sink_tokens, *_) = read_state(rest)
     if not fused.fused_applies(query, compact):
         return _decode_step(query, key, value, *rest)
     return fused.fused_decode_step(query, key, value, compact, layer, scale, decode, sink_tokens)
@@ -140,6 +137,7 @@ def decode_step(
     scale: float,
     decode: str,
     sink_tokens: int,
+    kv_dtype: str | None = None,
 ) -> Tensor:
     """One decode step of one layer on its segment; the state is updated in place (algorithm, Decode 1 to 4).
 
@@ -152,9 +150,10 @@ def decode_step(
         scale: What `q @ k` is multiplied by.
         decode: `"ratio"`, `"fixed"` or `"keep"`.
         sink_tokens: How many first positions are never evicted.
+        kv_dtype: How the arenas hold keys and values, see `EvictionConfig`.
 
     Returns:
         The attention output `[B, H, 1, D]`, dtype of `query`.
     """
-    output: Tensor = torch.ops.tgvkv.decode_step(query, key, value, *state, layer, scale, decode, sink_tokens)
+    output: Tensor = torch.ops.tgvkv.decode_step(query, key, value, *state, layer, scale, decode, sink_tokens, kv_dtype)
     return output

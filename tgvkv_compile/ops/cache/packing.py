@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tgvkv_compile.config import EvictionConfig
+from tgvkv_compile.ops.cache.rows import KVForms, RowForm, to_rows
 from tgvkv_compile.ops.eviction.budgeting import Allocation, allocate, segment_capacity
 from tgvkv_compile.ops.token_types import TokenTypes, vision_count
 
@@ -55,12 +56,20 @@ def by_layer(values: Tensor) -> tuple[Tensor, ...]:
     return values.unbind(1)
 
 
-def new_arena(key: Tensor, value: Tensor, slots: int | torch.SymInt) -> Arena:
-    """An empty arena of `slots` slots for keys like `key` and values like `value`, both `[B, Hkv, N, D]`."""
-    batch, heads, _, dim = key.shape
+def new_arena(key: Tensor, value: Tensor, slots: int | torch.SymInt, kv_dtype: str | None = None) -> Arena:
+    """An empty arena.
+
+    Args:
+        key: `[B, Hkv, N, D]`, like the keys that it is for.
+        value: `[B, Hkv, N, D]`, like the values.
+        slots: T.
+        kv_dtype: How they are held, see `EvictionConfig`.
+    """
+    batch, heads = key.shape[:2]
+    forms = KVForms(RowForm.of(key, kv_dtype), RowForm.of(value, kv_dtype))
     return Arena(
-        key.new_zeros((batch, heads, slots, dim)),
-        value.new_zeros((batch, heads, slots, dim)),
+        key.new_zeros((batch, heads, slots, forms.key.size), dtype=forms.key.dtype),
+        value.new_zeros((batch, heads, slots, forms.value.size), dtype=forms.value.dtype),
         torch.full((batch, slots), -1, dtype=torch.int32, device=key.device),
     )
 
@@ -111,7 +120,15 @@ def segment_starts(allocation: Allocation, lengths: Tensor, room: Tensor, **opti
     return capacity.cumsum(1) - capacity
 
 
-def evict_into(arena: Arena, key: Tensor, value: Tensor, keep: Tensor, positions: Tensor, start: Tensor) -> None:
+def evict_into(
+    arena: Arena,
+    key: Tensor,
+    value: Tensor,
+    keep: Tensor,
+    positions: Tensor,
+    start: Tensor,
+    kv_dtype: str | None = None,
+) -> None:
     """Writes a layer's kept entries, in position order, into its segment of the arena, which is updated in place.
 
     What is not kept lands in the last slot, which belongs to no segment.
@@ -123,13 +140,14 @@ def evict_into(arena: Arena, key: Tensor, value: Tensor, keep: Tensor, positions
         keep: bool `[B, N]`.
         positions: int64 `[B, N]`, -1 at padding.
         start: int64 `[B]`, the segment's first slot.
+        kv_dtype: How the arena holds keys and values, see `EvictionConfig`.
     """
     scrap = arena.key.shape[2] - 1
     slot = torch.where(keep, start[:, None] + keep.to(torch.int64).cumsum(1) - 1, scrap)
-    index = slot[:, None, :, None].expand(key.shape)
     written = torch.where(keep, positions, -1).to(torch.int32)
-    arena.key.scatter_(2, index, key)
-    arena.value.scatter_(2, index, value)
+    for part, tensor in ((arena.key, key), (arena.value, value)):
+        rows = to_rows(tensor, kv_dtype, keys=tensor is key)
+        part.scatter_(2, slot[:, None, :, None].expand(rows.shape), rows)
     arena.slot_position.scatter_(1, slot, written)
 
 

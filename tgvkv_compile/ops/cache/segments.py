@@ -7,7 +7,33 @@ import torch
 from torch import Tensor
 
 from tgvkv_compile.ops.attention.probabilities import attention_probabilities, exact_matmul, masked_softmax
+from tgvkv_compile.ops.cache.rows import RowForm, from_rows, to_rows
 from tgvkv_compile.ops.state import CompactState
+
+
+class NewTokens(NamedTuple):
+    """What a step brings. Its tokens see each other as they are, and later steps see what the arena holds of them.
+
+    Attributes:
+        key: `[B, Hkv, Q, D]`.
+        value: `[B, Hkv, Q, D]`.
+        slot: int64 `[B, Q]`, where they go; padding goes to the last one, which belongs to no segment.
+        kv_dtype: How the arenas hold keys and values, see `EvictionConfig`.
+    """
+
+    key: Tensor
+    value: Tensor
+    slot: Tensor
+    kv_dtype: str | None
+
+
+def append(state: CompactState, new: NewTokens) -> None:
+    """Writes new tokens to their slots of the arenas, in place."""
+    samples = torch.arange(new.slot.shape[0], device=new.slot.device)[:, None]
+    for arena, tensor in ((state.key_arena, new.key), (state.value_arena, new.value)):
+        rows = to_rows(tensor.transpose(1, 2), new.kv_dtype, keys=arena is state.key_arena)
+        # Under autocast a step's keys or values may have another dtype than the prompt's.
+        arena[samples, :, new.slot] = rows.to(arena.dtype)
 
 
 class Attended(NamedTuple):
@@ -30,6 +56,7 @@ def attend_segment(
     start: Tensor,
     used: Tensor,
     scale: float,
+    new: NewTokens,
     sees: Callable[[Tensor], Tensor] | None = None,
 ) -> Attended:
     """Attention to the first `used` slots from `start`, all of them occupied.
@@ -44,6 +71,7 @@ def attend_segment(
         start: int64 `[B]`.
         used: int64 `[B]`.
         scale: What `q @ k` is multiplied by.
+        new: What [`append`][] wrote to them in this step.
         sees: Given positions `[B, W]`, tells which of them each query sees, bool `[B, Q, W]`; all that are occupied by default.
     """
     key_arena, value_arena, slot_position = state.key_arena, state.value_arena, state.slot_position
@@ -52,10 +80,20 @@ def attend_segment(
         positions = segment_positions(slot_position, start, used, width)
         visible = (positions >= 0)[:, None] if sees is None else sees(positions)
         index = _slots(start, width, width)[:, None, :, None].expand(-1, key_arena.shape[1], -1, key_arena.shape[3])
-        key, value = key_arena.gather(2, index), value_arena.gather(2, index)
+        column = new.slot - start[:, None]
+        key = _read(key_arena.gather(2, index), new.key, column, new.kv_dtype, keys=True)
+        value = _read(value_arena.gather(2, index), new.value, column, new.kv_dtype, keys=False)
         output, attention = attend(query, key, value, visible[:, None], scale)
         return Attended(output, attention, positions)
-    return _attend_apart(query, state, start, used, scale, sees)
+    return _attend_apart(query, state, start, used, scale, new, sees)
+
+
+def _read(rows: Tensor, new: Tensor, column: Tensor, kv_dtype: str | None, *, keys: bool) -> Tensor:
+    """Rows `[B, Hkv, W, R]` as keys or values `[B, Hkv, W, D]`; `new [B, Hkv, Q, D]`, in `column [B, Q]` of them, as it is."""
+    if kv_dtype is None:
+        return rows
+    values = from_rows(rows, RowForm(kv_dtype, new.shape[3], torch.float32), keys=keys)
+    return values.scatter(2, column[:, None, :, None].expand(new.shape), new.to(torch.float32))
 
 
 def _attend_apart(
@@ -64,6 +102,7 @@ def _attend_apart(
     start: Tensor,
     used: Tensor,
     scale: float,
+    new: NewTokens,
     sees: Callable[[Tensor], Tensor] | None,
 ) -> Attended:
     """[`attend_segment`][] sample by sample, on the slots where they lie; only logits are padded to the longest sample."""
@@ -77,16 +116,27 @@ def _attend_apart(
     output = torch.empty_like(grouped)
     with torch.autocast(query.device.type, enabled=False):  # it would round both operands
         for sample, part in enumerate(slots):
-            key = state.key_arena[sample, :, part].to(torch.float32)
+            key = _read_sample(state.key_arena, sample, part, new, keys=True)
             logits[sample, ..., : lengths[sample]] = torch.bmm(grouped[sample], key.transpose(1, 2))
         probabilities = masked_softmax(
             logits.view(batch, heads, queries, -1), None if sees is None else sees(positions)[:, None]
         )
         shares = probabilities.view(logits.shape)
         for sample, part in enumerate(slots):
-            value = state.value_arena[sample, :, part].to(torch.float32)
+            value = _read_sample(state.value_arena, sample, part, new, keys=False)
             torch.bmm(shares[sample, ..., : lengths[sample]], value, out=output[sample])
     return Attended(output.view(query.shape).to(query.dtype), probabilities.mean(1), positions)
+
+
+def _read_sample(arena: Tensor, sample: int, part: slice, new: NewTokens, *, keys: bool) -> Tensor:
+    """One sample's keys or values of the slots `part`, float32 `[Hkv, W, D]`."""
+    rows = arena[sample, :, part]
+    if new.kv_dtype is None:
+        return rows.to(torch.float32)
+    column = new.slot[sample] - part.start
+    inside = column < part.stop - part.start
+    tensor = (new.key if keys else new.value)[sample, None, :, inside]
+    return _read(rows[None], tensor, column[None, inside], new.kv_dtype, keys=keys)[0]
 
 
 def segment_positions(slot_position: Tensor, start: Tensor, used: Tensor, width: int) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, library
 from tgvkv_compile.ops import ranks
 from tgvkv_compile.ops.cache.decode_step import append_and_attend, evict
 from tgvkv_compile.ops.cache.segments import segment_positions
-from tgvkv_compile.ops.state import CompactState, state_schema
+from tgvkv_compile.ops.state import CompactState, read_state, state_schema
 
 _WRITTEN_BY_ATTENTION = ("key_arena", "value_arena", "slot_position")
 _WRITTEN_BY_EVICTION = ("slot_position", "segment_len", "next_slot", "protect_from")
@@ -17,14 +17,13 @@ _WRITTEN_BY_EVICTION = ("slot_position", "segment_len", "next_slot", "protect_fr
 @library.custom_op(
     "tgvkv::attend_step",
     mutates_args=_WRITTEN_BY_ATTENTION,
-    schema=f"(Tensor query, Tensor key, Tensor value, {state_schema(*_WRITTEN_BY_ATTENTION)}, SymInt layer, float scale) "
-    "-> (Tensor, Tensor)",
+    schema=f"(Tensor query, Tensor key, Tensor value, {state_schema(*_WRITTEN_BY_ATTENTION)}, SymInt layer, float scale, "
+    "str? kv_dtype=None) -> (Tensor, Tensor)",
 )
 def _attend_step(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """The first half of a step: the output, and this rank's mean attention to the segment, `[B, T]`, 0 behind its end."""
-    *tensors, layer, scale = rest
-    state = CompactState(*tensors)
-    output, attention, _ = append_and_attend(query, key, value, state, layer, scale)
+    state, (layer, scale, *held) = read_state(rest)
+    output, attention, _ = append_and_attend(query, key, value, state, layer, scale, *held)
     return output, torch.nn.functional.pad(attention, (0, state.slot_position.shape[1] - attention.shape[1]))
 
 
@@ -64,6 +63,7 @@ def tensor_parallel_decode_step(
     decode: str,
     sink_tokens: int,
     group: str,
+    kv_dtype: str | None = None,
 ) -> Tensor:
     """[`decode_step`][tgvkv_compile.ops.cache.decode_step.decode_step] where heads are split over ranks.
 
@@ -77,12 +77,13 @@ def tensor_parallel_decode_step(
         decode: As there.
         sink_tokens: As there.
         group: Name of the process group.
+        kv_dtype: As there.
 
     Returns:
         The attention output of this rank's heads, `[B, H, 1, D]`, dtype of `query`.
     """
     output: Tensor
-    output, attention = torch.ops.tgvkv.attend_step(query, key, value, *state, layer, scale)
+    output, attention = torch.ops.tgvkv.attend_step(query, key, value, *state, layer, scale, kv_dtype)
     if decode != "keep":  # nothing is chosen then, and nobody needs to know what the others saw
         attention = ranks.mean_over_ranks(attention, query.shape[1], group)
     torch.ops.tgvkv.evict_step(attention, *state, layer, decode, sink_tokens)

@@ -94,13 +94,13 @@ def _weights(mass: Tensor, num_vision: Tensor) -> Tensor:
 
 def _never_evicts(lengths: Tensor, num_vision: Tensor, config: EvictionConfig) -> Tensor:
     """`[B]` bool: `int(N * (1 - rho)) == 0`, in integers."""
-    if not isinstance(config.budget, int):
-        first = _first_evicting_length(config.budget)
+    if not isinstance(config.limit, int):
+        first = _first_evicting_length(config.limit)
         return torch.ones_like(lengths, dtype=torch.bool) if first is None else lengths < first
     if config.budget_of == "all":
-        return lengths <= config.budget
+        return lengths <= config.limit
     # N * (1 - budget / V) is at least 1 as soon as V > budget, because N >= V.
-    return (num_vision <= config.budget) & (num_vision > 0)
+    return (num_vision <= config.limit) & (num_vision > 0)
 
 
 def _first_evicting_length(ratio: float) -> int | None:
@@ -116,12 +116,12 @@ def _first_evicting_length(ratio: float) -> int | None:
 
 def _never_evicts_host(length: int, num_vision: int | None, config: EvictionConfig) -> bool:
     """Whether a sample of this size may be one that never loses anything (unknown `num_vision`: yes if any could)."""
-    if not isinstance(config.budget, int):
-        first = _first_evicting_length(config.budget)
+    if not isinstance(config.limit, int):
+        first = _first_evicting_length(config.limit)
         return first is None or length < first
     if config.budget_of == "all":
-        return length <= config.budget
-    return num_vision is None or 0 < num_vision <= config.budget
+        return length <= config.limit
+    return num_vision is None or 0 < num_vision <= config.limit
 
 
 def _layer_bound(length: int, num_vision: int | None, config: EvictionConfig) -> float:
@@ -129,7 +129,7 @@ def _layer_bound(length: int, num_vision: int | None, config: EvictionConfig) ->
     tokens = length if config.budget_of == "all" else num_vision
     if tokens is None:
         return float(length)
-    share = float(min(config.budget, tokens)) if isinstance(config.budget, int) else tokens * config.budget
+    share = float(min(config.limit, tokens)) if isinstance(config.limit, int) else tokens * config.limit
     minimum = min(config.sink_tokens + 1, length)
     if config.budget_of == "vision":
         bound = max(length - tokens, minimum) + share + 1.0
@@ -178,7 +178,7 @@ def growth_bound(num_layers: int, length: int, new_tokens: int, *, config: Evict
         return min(everything, num_layers * (config.sink_tokens + 1))
     # Per layer: capacity <= n + 1 + max(sink, 2 + G * r), see segment_capacity; the rates sum to at most L * rate.
     if config.budget_of == "all" and config.budgeting in _UNMET:
-        rate = config.budget / max(length, 1) if isinstance(config.budget, int) else config.budget
+        rate = config.limit / max(length, 1) if isinstance(config.limit, int) else config.limit
     else:
         rate = _layer_bound(length, num_vision, config) / max(length, 1)
     return min(everything, math.ceil(num_layers * (rate * new_tokens + max(config.sink_tokens, 2) + 1)))

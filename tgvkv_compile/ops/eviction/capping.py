@@ -40,10 +40,10 @@ def cap_tokens(length: int | SymInt, cap: float, *, config: EvictionConfig) -> i
         cap: Multiple of the mean budget.
         config: `budget`, of the whole prompt; `sink_tokens`.
     """
-    if isinstance(config.budget, int):
-        wanted: int | SymInt = math.ceil(cap * config.budget)
+    if isinstance(config.limit, int):
+        wanted: int | SymInt = math.ceil(cap * config.limit)
     else:
-        wanted = length * math.ceil(cap * config.budget * _FRACTION) // _FRACTION + 1
+        wanted = length * math.ceil(cap * config.limit * _FRACTION) // _FRACTION + 1
     wanted = torch.sym_max(wanted, config.sink_tokens + 1)  # type: ignore[no-untyped-call]
     return torch.sym_min(wanted, length)  # type: ignore[no-untyped-call, no-any-return]
 

@@ -9,9 +9,9 @@ from tgvkv_compile.ops.token_types import TokenTypes, vision_count
 
 def budgeted(tokens: Tensor, config: EvictionConfig) -> Tensor:
     """`rho` times the tokens that the budget is a fraction of: entries per layer on average."""
-    if isinstance(config.budget, int):
-        return tokens.clamp(max=config.budget)
-    return tokens * config.budget
+    if isinstance(config.limit, int):
+        return tokens.clamp(max=config.limit)
+    return tokens * config.limit
 
 
 def mean_share(token_types: TokenTypes, *, config: EvictionConfig) -> Tensor:

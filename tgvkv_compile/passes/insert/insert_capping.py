@@ -32,7 +32,7 @@ def insert_capping(rewrite: Rewrite) -> None:
     for layer, (site, score, tier) in enumerate(zip(plan.sites, scores.score, scores.tier, strict=True)):
         with gm.graph.inserting_after(tier):
             kv = (site.key.node, site.value.node)
-            options = (cap, config.budget, config.sink_tokens)
+            options = (cap, config.limit, config.sink_tokens)
             capped = insert_call(gm, cap_layer, *kv, score, tier, scores.token_types, *options, name=f"tgvkv_capped_{layer}")
         parts = []
         for part in reversed(Capped._fields):

@@ -3,7 +3,7 @@
 from tgvkv_compile.fx.insert import insert_call
 from tgvkv_compile.fx.meta import BEGINS
 from tgvkv_compile.ops.cache.continue_step import continue_step
-from tgvkv_compile.passes.cached import close, insert_state
+from tgvkv_compile.passes.cached import close, held_as, insert_state
 from tgvkv_compile.passes.rewrite import Rewrite
 
 
@@ -24,7 +24,8 @@ def insert_continuation(rewrite: Rewrite) -> None:
     for layer, site in enumerate(plan.sites):
         new = (site.query, site.key.new, site.value.new, site.mask)
         with gm.graph.inserting_before(site.node):
-            out = insert_call(gm, continue_step, *new, state, name=f"tgvkv_out_{layer}", layer=layer, scale=site.scale)
+            options = {"layer": layer, "scale": site.scale, **held_as(rewrite.config)}
+            out = insert_call(gm, continue_step, *new, state, name=f"tgvkv_out_{layer}", **options)
         out.meta[BEGINS] = True
         site.node.replace_all_uses_with(out)
     close(gm, plan, state, plan.sites[0].mask)

@@ -6,7 +6,7 @@ from tgvkv_compile.fx.insert import insert_call
 from tgvkv_compile.fx.meta import BEGINS
 from tgvkv_compile.ops.cache.decode_step import decode_step
 from tgvkv_compile.ops.cache.tensor_parallel import tensor_parallel_decode_step
-from tgvkv_compile.passes.cached import close, insert_state
+from tgvkv_compile.passes.cached import close, held_as, insert_state
 from tgvkv_compile.passes.rewrite import Rewrite
 
 
@@ -52,6 +52,7 @@ def insert_decode(rewrite: Rewrite) -> None:
                 decode=rewrite.config.decode,
                 sink_tokens=rewrite.config.sink_tokens,
                 **split,
+                **held_as(rewrite.config),
             )
         out.meta[BEGINS] = True
         site.node.replace_all_uses_with(out)

@@ -11,6 +11,7 @@ from tgvkv_compile.ops.cache import packing
 from tgvkv_compile.ops.cache.later_turns import vision_history
 from tgvkv_compile.ops.eviction.selection import select_tokens
 from tgvkv_compile.ops.state import CompactState, Prefilled
+from tgvkv_compile.passes.cached import held_as
 from tgvkv_compile.passes.inserted import Budgets, CappedLayers, LayerCandidates, Scores
 from tgvkv_compile.passes.rewrite import ArenaSizes, Rewrite
 from tgvkv_compile.plan import GraphPlan
@@ -46,6 +47,7 @@ def insert_eviction(rewrite: Rewrite) -> None:
     chosen = rewrite.get(CappedLayers).layers if capped else _all_tokens(plan, scores)
     outputs = output_nodes(gm)
     options = config.constants()
+    held = held_as(config)
     slots = insert_placeholder(gm, "tgvkv_slots", rewrite.environment.symbol("tgvkv_slots", sizes.slots))
     with gm.graph.inserting_before(gm.graph.output_node()):
         call = _Caller(gm)
@@ -53,7 +55,7 @@ def insert_eviction(rewrite: Rewrite) -> None:
         rate = call.item(budgets.allocation, "rate", "tgvkv_rate")
         positions = call.item(scores.token_types, "positions", "tgvkv_positions")
         lengths = call.item(scores.token_types, "lengths", "tgvkv_lengths")
-        arena = call(packing.new_arena, chosen[0].key, chosen[0].value, slots, name="tgvkv_arena")
+        arena = call(packing.new_arena, chosen[0].key, chosen[0].value, slots, name="tgvkv_arena", **held)
         shared = (budgets.allocation, lengths)
         room = call(packing.fitting_reserve, *shared, arena, sizes.reserve, name="tgvkv_room", **options)
         starts = call(packing.segment_starts, *shared, room, name="tgvkv_starts", **options)
@@ -68,7 +70,8 @@ def insert_eviction(rewrite: Rewrite) -> None:
             if capped:
                 positions = call.item(candidates.token_types, "positions", f"tgvkv_positions_{layer}")
             kv = (candidates.key, candidates.value)
-            pin(call(packing.evict_into, arena, *kv, keep, positions, first[layer], name=f"tgvkv_evict_{layer}"))
+            where = (keep, positions, first[layer])
+            pin(call(packing.evict_into, arena, *kv, *where, name=f"tgvkv_evict_{layer}", **held))
         token_types = tuple(candidates.token_types for candidates in chosen)
         opened = call(packing.open_segments, tuple(keeps), token_types, starts, name="tgvkv_state")
         opened.meta[BEGINS] = True
