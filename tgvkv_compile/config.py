@@ -13,7 +13,7 @@ BudgetOf = Literal["all", "vision"]
 Budgeting = Literal["tvb", "waterfill", "uniform", "pyramid"]
 Ranking = Literal["twr", "snapkv", "h2o", "streaming", "knorm", "random"]
 DecodeMode = Literal["ratio", "fixed", "keep"]
-KVDtype = Literal["int8", "int4", "float8_e4m3fn"]
+KVDtype = Literal["int8", "float8_e4m3fn"]
 Lowering = Literal["inductor", "aot_eager", "eager"]
 CompileMode = Literal["reduce-overhead", "max-autotune"]
 OnUnsupported = Literal["raise", "passthrough"]
@@ -38,8 +38,8 @@ class EvictionConfig:
         sink_tokens: How many first positions are always kept.
         ranking: Which tokens of a prompt stay (`docs/policies.md`): `"twr"` (as released), `"snapkv"`, `"h2o"`, `"streaming"`,
             `"knorm"`, `"random"`, or a function from a `Layer` to what it is `Ranked`.
-        kv_dtype: How kept keys and values are held (`docs/quantised-cache.md`): `"int8"`, `"int4"`, `"float8_e4m3fn"`; None: in
-            the model's own dtype. A budget counts tokens, whatever they are held in.
+        kv_dtype: How kept keys and values are held (`docs/quantised-cache.md`): `"int8"`, `"float8_e4m3fn"`; None: in the
+            model's own dtype. A budget counts tokens, whatever they are held in.
         memory: In place of `budget`, the bytes that a sample's kept keys and values may take after prefill, scales included: an
             `int`, or text such as `"64MiB"`. The budget is then the tokens per layer that fit (on each rank, those of its
             heads). Needs `budget_of="all"`.
@@ -103,7 +103,7 @@ class EvictionConfig:
         return plain
 
 
-def read_eviction(budget: float | int, others: Mapping[str, Any], *, where: str) -> EvictionConfig:
+def read_eviction(budget: float | int | None, others: Mapping[str, Any], *, where: str) -> EvictionConfig:
     """The record of a budget and other options by name.
 
     Args:
@@ -117,6 +117,20 @@ def read_eviction(budget: float | int, others: Mapping[str, Any], *, where: str)
     """
     check_names(others, names_of(EvictionConfig), where=where)
     return EvictionConfig(budget, **others)
+
+
+def refuse_for_export(config: EvictionConfig) -> None:
+    """Raises [`ConfigError`][] for options of eviction that exported models do not have, with the reason."""
+    if config.kv_dtype is not None:
+        raise ConfigError(
+            f"kv_dtype={config.kv_dtype!r} is not exported: engines read and write keys and values in the model's own dtype; "
+            "leave it out"
+        )
+    if config.memory is not None:
+        raise ConfigError(
+            f"memory={config.memory!r} is not exported: an engine's slots are set by its budget plan; give a budget, or a plan "
+            "whose capacities fit"
+        )
 
 
 def names_of(record: type) -> tuple[str, ...]:

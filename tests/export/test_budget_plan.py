@@ -11,6 +11,7 @@ from tests.ops.prompts import configs
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.errors import ConfigError
 from tgvkv_compile.export.capacity.budget_plan import BudgetPlan
+from tgvkv_compile.export.capacity.calibrate import calibrate
 from tgvkv_compile.ops.eviction.budgeting import Allocation, allocate
 
 CONFIG = EvictionConfig(0.25, sink_tokens=1)
@@ -99,3 +100,9 @@ def test_texts_that_are_no_plan(text: str, message: str) -> None:
 def test_a_plan_for_another_model() -> None:
     with pytest.raises(ConfigError, match="for 2 layers, the budgets are for 3"):
         _plan().fit(Allocation(torch.ones(1, 3, dtype=torch.int64), torch.ones(1, 3)), torch.tensor([10]))
+
+
+@pytest.mark.parametrize("option", [{"kv_dtype": "int8"}, {"memory": "64MiB"}], ids=str)
+def test_options_that_engines_do_not_have(option: Any) -> None:
+    with pytest.raises(ConfigError, match="is not exported"):
+        calibrate(None, [], max_new_tokens=4, **option)

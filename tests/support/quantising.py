@@ -1,41 +1,58 @@
-"""The rows of a quantised cache, number by number in numpy: what `ops.cache.rows` must agree with."""
+"""The slow, obvious way to quantise: one vector, one group, one channel after the other."""
+
+import functools
+import math
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+LEVELS = {"int8": 255, "int4": 15}
+
+
+def slowly(vector: Any, kind: str) -> tuple[list[float], float, float]:
+    """Codes, scale and zero point of a float32 numpy vector."""
+    one = np.float32
+    if kind == "float8_e4m3fn":
+        zero, reach, largest = one(0), max(abs(x) for x in vector), one(448)
+    else:
+        zero, largest = one(np.float16(min(vector))), one(LEVELS[kind])
+        reach = max(one(max(vector) - zero), one(0))
+    scale = one(np.float16(one(reach) / largest))
+    codes = []
+    for x in vector:
+        step = one(one(x - zero) / (scale if scale else one(1)))
+        if kind == "float8_e4m3fn":
+            codes.append(nearest_float8(float(min(max(step, -largest), largest))))
+        else:
+            codes.append(min(max(float(np.rint(step)), 0.0), float(largest)))
+    return codes, float(scale), float(zero)
+
+
+def nearest_float8(x: float) -> float:
+    """With four bits of significance, exponents from -6 on; ties to even."""
+    exponent = max(math.floor(math.log2(abs(x))), -6) if x else -6
+    unit = 2.0 ** (exponent - 3)
+    return round(x / unit) * unit
+
 
 def as_held(values: Tensor, kv_dtype: str, *, keys: bool) -> Tensor:
     """What a cache gives back of keys or values `[..., D]`, float32."""
-    flat = values.detach().to(torch.float32).reshape(-1, values.shape[-1]).numpy()
-    read = [_row(row, kv_dtype, keys=keys) for row in flat]
-    return torch.from_numpy(np.stack(read)).reshape(values.shape)
+    dim = values.shape[-1]
+    turn = hadamard(dim) if keys else np.eye(dim, dtype=np.float32)
+    rows = values.detach().float().reshape(-1, dim).numpy() @ turn
+    return torch.from_numpy(np.stack([_read(row.tobytes(), kv_dtype) for row in rows]) @ turn).reshape(values.shape)
 
 
-def _row(row: np.ndarray, kv_dtype: str, *, keys: bool) -> np.ndarray:
-    if kv_dtype == "int8":
-        return _group(row, 255)
-    if kv_dtype == "int4":
-        turn = hadamard(len(row)) if keys else np.eye(len(row), dtype=np.float32)
-        parts = np.split((row[None] @ turn)[0], _groups(len(row)))
-        return (np.concatenate([_group(part, 15) for part in parts])[None] @ turn)[0]
-    scale = np.float32(np.float16(np.abs(row).max() / np.float32(448)))
-    scaled = torch.from_numpy(np.clip(row / (scale or np.float32(1)), -448, 448)).to(torch.float8_e4m3fn)
-    return scaled.float().numpy() * scale
+@functools.lru_cache(maxsize=100_000)
+def _read(row: bytes, kv_dtype: str) -> Any:
+    """A float32 vector as it comes back; of a growing cache most are asked for again."""
+    codes, scale, zero = slowly(np.frombuffer(row, dtype=np.float32), kv_dtype)
+    return np.float32(scale) * np.array(codes, dtype=np.float32) + np.float32(zero)
 
 
-def _group(part: np.ndarray, levels: int) -> np.ndarray:
-    low, high = np.clip(part.min(), -65504, 65504), np.clip(part.max(), -65504, 65504)
-    zero, scale = np.float32(np.float16(low)), np.float32(np.float16((high - low) / np.float32(levels)))
-    codes = np.clip(np.round((part - zero) / (scale or np.float32(1))), 0, levels)
-    return (zero + scale * codes).astype(np.float32)
-
-
-def _groups(dim: int) -> int:
-    return max(count for count in range(1, max(1, dim // 32) + 1) if dim % count == 0)
-
-
-def hadamard(dim: int) -> np.ndarray:
+def hadamard(dim: int) -> Any:
     """`[dim, dim]`, of blocks of the largest power of two that divides `dim`."""
     block = 1
     while dim % (2 * block) == 0:

@@ -144,7 +144,7 @@ def run(
     tgvkv run --onnx ./engines --image cat.jpg --prompt "What is this?"
     """
     with told_plainly():
-        from tgvkv_compile.cli.inputs import check_prompt, load, parse_budget, read_images
+        from tgvkv_compile.cli.inputs import check_prompt, load, read_budget, read_images
         from tgvkv_compile.cli.problems import CommandError
         from tgvkv_compile.cli.run import answer
 
@@ -160,7 +160,7 @@ def run(
         if model is None:
             raise CommandError("neither --model nor --onnx was given; give a model, or what `tgvkv export onnx` wrote")
 
-        kept = parse_budget(eviction.pop("budget"))
+        kept = read_budget(eviction)
         check_prompt(prompt)
         images = read_images(image)
         loaded = load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
@@ -223,9 +223,9 @@ def _exporting(target: Literal["onnx", "tensorrt"], weights: Dtype, where: str) 
     ) -> None:
         with told_plainly():
             from tgvkv_compile.cli.export import check_folder, check_weights, export
-            from tgvkv_compile.cli.inputs import check_prompt, load, parse_budget, read_images
+            from tgvkv_compile.cli.inputs import check_prompt, load, read_budget, read_images
 
-            kept = parse_budget(eviction.pop("budget"))
+            kept = read_budget(eviction)
             check_prompt(prompt)
             check_folder(out)
             check_weights(dtype)
@@ -285,10 +285,10 @@ def explain(
     tgvkv explain --model ./llava --budget 0.1
     """
     with told_plainly():
-        from tgvkv_compile.cli.inputs import check_prompt, load, parse_budget, read_images
+        from tgvkv_compile.cli.inputs import check_prompt, load, read_budget, read_images
         from tgvkv_compile.cli.run import explanation
 
-        kept = parse_budget(eviction.pop("budget"))
+        kept = read_budget(eviction)
         check_prompt(prompt)
         images = read_images(image or [])
         loaded = load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)

@@ -10,12 +10,14 @@ import typer
 from tgvkv_compile.config import Budgeting, BudgetOf, DecodeMode, EvictionConfig, KVDtype, Ranking
 
 Eviction = dict[str, Any]
-"""Fields of `EvictionConfig` by name; `budget` is text, which `cli.inputs.parse_budget` reads."""
+"""Fields of `EvictionConfig` by name; `budget` is text, which `cli.inputs.read_budget` reads."""
 
 Decode = Annotated[DecodeMode, typer.Option(help="What decoding evicts: by ratio, one in one out, or nothing.")]
 
 _OPTIONS: dict[str, Any] = {
-    "budget": Annotated[str, typer.Option(help="KV kept: 0.05 is a fraction, 64 is tokens per layer on average.")],
+    "budget": Annotated[
+        str | None, typer.Option(help="KV kept: 0.05, the default, is a fraction, 64 is tokens per layer on average.")
+    ],
     "budget_of": Annotated[
         BudgetOf, typer.Option(help="What the fraction is of: all of the prompt's KV, or the vision tokens' KV.")
     ],
@@ -48,6 +50,4 @@ def with_eviction(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _parameter(name: str, kind: Any) -> inspect.Parameter:
-    default = getattr(EvictionConfig, name)
-    default = str(default) if name == "budget" else default
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=getattr(EvictionConfig, name), annotation=kind)

@@ -57,7 +57,7 @@ def export(
     images: Sequence[Image.Image],
     prompt: str,
     out: Path,
-    budget: float | int,
+    budget: float | int | None,
     max_new_tokens: int,
     options: dict[str, Any],
 ) -> None:

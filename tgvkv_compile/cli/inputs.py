@@ -27,6 +27,23 @@ class Loaded:
     processor: Any
 
 
+def read_budget(eviction: dict[str, Any]) -> float | int | None:
+    """Takes the budget out of the options of eviction; None where `--memory` is in its place.
+
+    Raises:
+        CommandError: It cannot be read, or both were given.
+    """
+    text, memory = eviction.pop("budget"), eviction["memory"]
+    try:
+        if memory is not None:
+            EvictionConfig(memory=memory)
+    except ConfigError as error:
+        raise CommandError(f"--{error}") from None
+    if text is not None and memory is not None:
+        raise CommandError(f"--budget {text} and --memory {memory} were both given; give one of them")
+    return None if text is None else parse_budget(text)
+
+
 def parse_budget(text: str) -> float | int:
     """Reads `0.05` as a fraction and `64` as tokens per layer.
 

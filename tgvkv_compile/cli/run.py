@@ -22,7 +22,7 @@ def answer(
     loaded: Loaded,
     images: Sequence[Image.Image],
     prompt: str,
-    budget: float | int,
+    budget: float | int | None,
     options: dict[str, Any],
     max_new_tokens: int,
 ) -> None:
@@ -53,7 +53,7 @@ def answer(
 
 
 def explanation(
-    loaded: Loaded, images: Sequence[Image.Image], prompt: str, budget: float | int, options: dict[str, Any]
+    loaded: Loaded, images: Sequence[Image.Image], prompt: str, budget: float | int | None, options: dict[str, Any]
 ) -> str:
     """What the backend would do with the model, as text; without pictures a blank one is asked about."""
     inputs = build_inputs(loaded, images or [blank_image()], prompt)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tgvkv_compile.backend.wrappers import module_of
-from tgvkv_compile.config import check_count, read_eviction
+from tgvkv_compile.config import check_count, read_eviction, refuse_for_export
 from tgvkv_compile.errors import ConfigError, UnsupportedGraphError
 from tgvkv_compile.export.capacity.budget_plan import BudgetPlan
 from tgvkv_compile.export.capacity.calibrate import calibrate
@@ -67,7 +67,7 @@ class Programs:
 def export_program(
     model: Any,
     sample_inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]],
-    budget: float | int = 0.05,
+    budget: float | int | None = None,
     max_new_tokens: int = 128,
     plan: BudgetPlan | None = None,
     *,
@@ -107,7 +107,7 @@ def export_program(
         UnsupportedGraphError: The model cannot be exported.
     """
     say = say or (lambda _: None)
-    read_eviction(budget, eviction, where="export")
+    refuse_for_export(read_eviction(budget, eviction, where="export"))
     model = module_of(model)
     if model.training:
         raise ConfigError(f"{type(model).__name__} is in training mode; call model.eval() first")

@@ -10,7 +10,7 @@ from tgvkv_compile.backend import dynamo
 from tgvkv_compile.backend.apart import compile_apart
 from tgvkv_compile.backend.backend import tgvkv_backend
 from tgvkv_compile.backend.wrappers import module_of
-from tgvkv_compile.config import check_count, read_eviction
+from tgvkv_compile.config import check_count, read_eviction, refuse_for_export
 from tgvkv_compile.errors import ConfigError
 from tgvkv_compile.export.capacity.budget_plan import BudgetPlan
 from tgvkv_compile.ops.eviction.budgeting import segment_capacity
@@ -20,7 +20,7 @@ from tgvkv_compile.runtime.inspect import inspect_cache
 def calibrate(
     model: torch.nn.Module,
     samples: Sequence[Mapping[str, Any]],
-    budget: float | int = 0.05,
+    budget: float | int | None = None,
     *,
     max_new_tokens: int,
     slack: float = 0.25,
@@ -47,6 +47,7 @@ def calibrate(
         UnsupportedGraphError: The model cannot be rewritten.
     """
     config = read_eviction(budget, eviction, where="calibrate")
+    refuse_for_export(config)
     check_count("max_new_tokens", max_new_tokens, minimum=0)
     if isinstance(slack, bool) or not isinstance(slack, (int, float)) or not 0.0 <= slack < math.inf:
         raise ConfigError(f"slack={slack!r} must be a number >= 0: the share of a capacity that is added to it")

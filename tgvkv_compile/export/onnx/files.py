@@ -21,7 +21,7 @@ def export_onnx(
     model: Any,
     sample_inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]],
     directory: str | Path,
-    budget: float | int = 0.05,
+    budget: float | int | None = None,
     max_new_tokens: int = 128,
     **options: Any,
 ) -> Manifest:

@@ -20,7 +20,7 @@ def export_tensorrt(
     model: Any,
     sample_inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]],
     directory: str | Path,
-    budget: float | int = 0.05,
+    budget: float | int | None = None,
     max_new_tokens: int = 128,
     *,
     engine_options: Mapping[str, Any] | None = None,

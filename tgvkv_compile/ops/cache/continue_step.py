@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
+from tgvkv_compile.config import KVDtype
 from tgvkv_compile.ops.attention.masks import valid_columns, visible_among_new
 from tgvkv_compile.ops.cache.segments import NewTokens, append, attend_segment
 from tgvkv_compile.ops.state import WRITTEN_BY_STEPS, CompactState, read_state, state_schema
@@ -78,7 +79,7 @@ def continue_step(
     *,
     layer: int,
     scale: float,
-    kv_dtype: str | None = None,
+    kv_dtype: KVDtype | None = None,
 ) -> Tensor:
     """Several new tokens of a later turn, on one layer's segment; the state is updated in place.
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from tgvkv_compile.config import EvictionConfig
+from tgvkv_compile.config import EvictionConfig, KVDtype
 from tgvkv_compile.ops import kernels
 from tgvkv_compile.ops.cache.segments import NewTokens, append, attend_segment
 from tgvkv_compile.ops.eviction.decode import choose_eviction, next_protected
@@ -14,7 +14,7 @@ from tgvkv_compile.ops.state import WRITTEN_BY_STEPS, CompactState, read_state, 
 
 
 def append_and_attend(
-    query: Tensor, key: Tensor, value: Tensor, state: CompactState, layer: int, scale: float, kv_dtype: str | None = None
+    query: Tensor, key: Tensor, value: Tensor, state: CompactState, layer: int, scale: float, kv_dtype: KVDtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The new token goes to its slot and attends to its segment; the arenas and `slot_position` are updated in place.
 
@@ -137,7 +137,7 @@ def decode_step(
     scale: float,
     decode: str,
     sink_tokens: int,
-    kv_dtype: str | None = None,
+    kv_dtype: KVDtype | None = None,
 ) -> Tensor:
     """One decode step of one layer on its segment; the state is updated in place (algorithm, Decode 1 to 4).
 

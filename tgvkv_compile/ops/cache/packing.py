@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tgvkv_compile.config import EvictionConfig
+from tgvkv_compile.config import EvictionConfig, KVDtype
 from tgvkv_compile.ops.cache.rows import KVForms, RowForm, to_rows
 from tgvkv_compile.ops.eviction.budgeting import Allocation, allocate, segment_capacity
 from tgvkv_compile.ops.token_types import TokenTypes, vision_count
@@ -56,7 +56,7 @@ def by_layer(values: Tensor) -> tuple[Tensor, ...]:
     return values.unbind(1)
 
 
-def new_arena(key: Tensor, value: Tensor, slots: int | torch.SymInt, kv_dtype: str | None = None) -> Arena:
+def new_arena(key: Tensor, value: Tensor, slots: int | torch.SymInt, kv_dtype: KVDtype | None = None) -> Arena:
     """An empty arena.
 
     Args:
@@ -127,7 +127,7 @@ def evict_into(
     keep: Tensor,
     positions: Tensor,
     start: Tensor,
-    kv_dtype: str | None = None,
+    kv_dtype: KVDtype | None = None,
 ) -> None:
     """Writes a layer's kept entries, in position order, into its segment of the arena, which is updated in place.
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tgvkv_compile.config import KVDtype
 from tgvkv_compile.ops.attention.probabilities import attention_probabilities, exact_matmul, masked_softmax
 from tgvkv_compile.ops.cache.rows import RowForm, from_rows, to_rows
 from tgvkv_compile.ops.state import CompactState
@@ -24,7 +25,7 @@ class NewTokens(NamedTuple):
     key: Tensor
     value: Tensor
     slot: Tensor
-    kv_dtype: str | None
+    kv_dtype: KVDtype | None
 
 
 def append(state: CompactState, new: NewTokens) -> None:
@@ -88,7 +89,7 @@ def attend_segment(
     return _attend_apart(query, state, start, used, scale, new, sees)
 
 
-def _read(rows: Tensor, new: Tensor, column: Tensor, kv_dtype: str | None, *, keys: bool) -> Tensor:
+def _read(rows: Tensor, new: Tensor, column: Tensor, kv_dtype: KVDtype | None, *, keys: bool) -> Tensor:
     """Rows `[B, Hkv, W, R]` as keys or values `[B, Hkv, W, D]`; `new [B, Hkv, Q, D]`, in `column [B, Q]` of them, as it is."""
     if kv_dtype is None:
         return rows

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
+from tgvkv_compile.config import KVDtype
 from tgvkv_compile.ops import ranks
 from tgvkv_compile.ops.cache.decode_step import append_and_attend, evict
 from tgvkv_compile.ops.cache.segments import segment_positions
@@ -63,7 +64,7 @@ def tensor_parallel_decode_step(
     decode: str,
     sink_tokens: int,
     group: str,
-    kv_dtype: str | None = None,
+    kv_dtype: KVDtype | None = None,
 ) -> Tensor:
     """[`decode_step`][tgvkv_compile.ops.cache.decode_step.decode_step] where heads are split over ranks.
 
