@@ -1,7 +1,5 @@
 """The passes: each finds, or plans, or inserts; never two of them. One file each, with a function of the same name.
 
-`find` holds the finders, `insert` the inserters for graphs from dynamo, `static` the passes of exported graphs alone.
-
 What runs first, on every graph:
 
 - `read_merges`, `drop_assertions`: take calls out that only say something, of graphs from dynamo and of exported ones.
@@ -23,4 +21,5 @@ For exported graphs, `tgvkv_compile.export.trace.rewritten.STEPS`:
 - `insert_fixed_decode`: a step.
 
 What passes share is in files of other names: `rewrite` is what they are given, `inserted` what they leave for each other.
+Folders: `find` holds the finders, `insert` the inserters for graphs from dynamo, `static` the passes of exported graphs alone.
 """
