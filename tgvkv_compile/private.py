@@ -16,7 +16,8 @@ Checked on torch 2.11.0, 2.13.0 and 2.14.1. Each name says what it is used for:
 - `make_fx`, `disable_proxy_modes_tracing`, `pytree`: a vision encoder is traced for pictures of a size (`export.trace.vision`).
 - `DynamicInt` is an int that dynamo never takes for a constant (`backend.sliding_windows`).
 - `NoHostReads`, a `TorchDispatchMode`: what a user's function may not do (`passes.told`).
-- `probe_instructions`, `kernels_put_off`: what Inductor waits for the C++ compiler for (`lower.beside`).
+- `probe_instructions`, `precompile_header`, `kernels_put_off`: what Inductor waits for the C++ compiler for (`lower.beside`);
+  `digest_sources`: what its caches wait for.
 - `load_cpp` compiles and loads C++ as Inductor does its own (`ops.kernels.cpu`).
 - `GraphCompileReason` is what dynamo puts on a graph module as `compile_subgraph_reason`.
 - `InstructionTranslator.current_tx().output.compiler_fn` is the backend of the frame that is being traced; `eval_frame` has
@@ -72,6 +73,7 @@ __all__ = [
     "OptimizedModule",
     "ShapeEnv",
     "compile_lock",
+    "digest_sources",
     "disable_proxy_modes_tracing",
     "dynamo_config",
     "enable_python_dispatcher",
@@ -89,6 +91,7 @@ __all__ = [
     "mark_static",
     "maybe_mark_dynamic",
     "parse_to",
+    "precompile_header",
     "probe_instructions",
     "pytree",
     "set_for_all_threads",
@@ -115,6 +118,7 @@ def probe_instructions() -> threading.Thread:
     Inductor compiles and loads a small program for each set of them, and keeps what it finds.
     """
     import torch._inductor.codecache  # here and not in the thread: two that import parts of one package may see half of it
+    import torch._inductor.compile_fx
     import torch._inductor.cpp_builder
     import torch._inductor.cpu_vec_isa
 
@@ -135,6 +139,32 @@ def probe_instructions() -> threading.Thread:
     cpu_vec_isa.valid_vec_isa_list = found
     thread.start()
     return thread
+
+
+def digest_sources() -> None:
+    """Computes what every key of Inductor's caches has in it: digests of torch's and triton's files. They are kept."""
+    from torch._inductor.codecache import CacheBase, torch_key
+
+    with contextlib.suppress(Exception):  # who looks something up gets the error
+        torch_key()
+        CacheBase.get_system()
+
+
+_NOTHING = """
+#include <torch/csrc/inductor/cpp_prefix.h>
+extern "C" void kernel(int64_t* out) {}
+"""
+
+
+def precompile_header() -> None:
+    """Has the header compiled that Inductor's kernels on CPUs begin with, by a kernel that does nothing.
+
+    Inductor does so before its first kernel, which takes seconds, and finds out in every process whether it still holds.
+    """
+    from torch._inductor.codecache import CppPythonBindingsCodeCache
+
+    with contextlib.suppress(Exception):  # who compiles a kernel gets the error
+        CppPythonBindingsCodeCache.load_pybinding(["int64_t*"], _NOTHING)
 
 
 def load_cpp(source: str) -> Any:

@@ -37,6 +37,7 @@ class Environment:
         self.shape_env = ShapeEnv()
         self.fake_mode = FakeTensorMode(shape_env=self.shape_env, allow_non_fake_inputs=True)
         self._moved: dict[Any, Any] = {}
+        self._moved_sizes: dict[Any, SymInt | int] = {}
         self._moved_tensors: dict[object, Tensor] = {}
         self._numbers: dict[Any, tuple[int, ...]] = {}
 
@@ -162,6 +163,12 @@ class Environment:
         if not isinstance(size, SymInt):
             return size
         expression = size.node.expr
+        if expression not in self._moved_sizes:  # each layer's handles have the same ones
+            self._moved_sizes[expression] = self._moved_expression(size, name)
+        return self._moved_sizes[expression]
+
+    def _moved_expression(self, size: SymInt, name: str) -> SymInt | int:
+        expression = size.node.expr
         for symbol in sorted(expression.free_symbols, key=str):
             if symbol not in self._moved:
                 hint = size.node.shape_env.backed_var_to_val[symbol]
@@ -170,7 +177,9 @@ class Environment:
         if not moved.free_symbols:
             return int(moved)
         hint = int(moved.xreplace(dict(self.shape_env.backed_var_to_val)))
-        return self.shape_env.create_symintnode(moved, hint=hint)
+        node = self.shape_env.create_symintnode(moved, hint=hint)
+        assert isinstance(node, SymInt)
+        return node
 
 
 def size_reader(gm: GraphModule, size: Any) -> Callable[[Sequence[Any]], int]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 
 from tgvkv_compile.ops.kernels.cpu.compiled import compiled
-from tgvkv_compile.private import kernels_put_off, probe_instructions
+from tgvkv_compile.private import digest_sources, kernels_put_off, precompile_header, probe_instructions
 
 
 def prepare_inductor(model: torch.nn.Module | None = None) -> None:
@@ -31,11 +31,16 @@ def prepare_inductor(model: torch.nn.Module | None = None) -> None:
 
 @functools.cache
 def probe_processor() -> threading.Thread:
-    """Finds out in a thread which vector instructions there are, then compiles our kernels; once per process."""
+    """Finds out in a thread which vector instructions there are, then does what else can be done early; once per process.
+
+    In this order: what the first lookup in Inductor's caches waits for, its first kernel, and the first decode step.
+    """
     probing = probe_instructions()
 
     def compile_kernels() -> None:
+        digest_sources()
         probing.join()
+        precompile_header()
         compiled()
 
     threading.Thread(target=compile_kernels, name="tgvkv-kernels", daemon=True).start()
