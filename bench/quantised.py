@@ -36,7 +36,7 @@ def main() -> None:
     args = _options().parse_args()
     torch.set_num_threads(args.threads)
     schemes = chosen(args.schemes)
-    found: dict[str, Any] = {**record.header("bench.quantised", None), "model": args.model, "rows": {}}
+    found: dict[str, Any] = {**record.header("bench.quantised", args.model, None), "rows": {}}
     for text, simulation in simulations(args.model, args.texts):
         measure(found["rows"], text, simulation, schemes)
         if args.json is not None:

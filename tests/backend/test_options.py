@@ -13,7 +13,9 @@ from tgvkv_compile.config import EvictionConfig
 def test_the_backend_shows_every_option_with_its_default() -> None:
     shown = inspect.signature(tgvkv_backend).parameters
     assert tuple(shown) == OPTION_NAMES and OPTION_NAMES[0] == "budget"
-    assert {name: one.default for name, one in shown.items()} == dataclasses.asdict(BackendOptions())
+    defaults = {name: one.default for name, one in shown.items()}
+    assert defaults.pop("budget") is None and BackendOptions().budget == 0.05  # None, so that `memory` may be in its place
+    assert {"budget": 0.05, **defaults} == dataclasses.asdict(BackendOptions())
     assert {one.kind for name, one in shown.items() if name != "budget"} == {inspect.Parameter.KEYWORD_ONLY}
 
 
