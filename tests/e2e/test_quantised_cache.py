@@ -84,3 +84,9 @@ def test_bytes() -> None:
         assert report.physical_bytes - parts == 4 * int(report.segment_lengths.sum())
         assert report.kv_dtype == kv_dtype
     assert sizes["int8"] <= 0.55 * sizes[None] and sizes["float8_e4m3fn"] <= 0.55 * sizes[None]
+
+
+def test_inductor() -> None:
+    inputs = make_inputs(PADDED)
+    expected = reference(make_model(SHAPE), inputs, 4, config=EvictionConfig(0.4, kv_dtype="int8"), image_token=IMAGE)
+    assert_same_run(run(compiled(kv_dtype="int8", lowering="inductor"), inputs, 4), expected)

@@ -6,10 +6,10 @@ all that moves whole rows (beams, copies, growth, `crop`) knows nothing of it. W
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from tgvkv_compile.config import KVDtype
 from tgvkv_compile.ops.cache.quantising import (
@@ -108,10 +108,22 @@ def to_rows(values: Tensor, kv_dtype: KVDtype | None, *, keys: bool) -> Tensor:
     """
     if kv_dtype is None:
         return values
+    rows: Tensor = torch.ops.tgvkv.to_rows(values, kv_dtype, keys)
+    return rows
+
+
+# Opaque to Inductor: it leaves roundings to float16 out, and its vectors of uint8 were wrong (torch 2.13, batches).
+@library.custom_op("tgvkv::to_rows", mutates_args=(), schema="(Tensor values, str kv_dtype, bool keys) -> Tensor")
+def _to_rows(values: Tensor, kv_dtype: Any, keys: bool) -> Tensor:
     held = quantise(rotated(values) if keys else values, kv_dtype)
     bits = held.scales.view(torch.int16).to(torch.int32)
     parts = [held.codes.view(torch.uint8), (bits & 255).to(torch.uint8), ((bits >> 8) & 255).to(torch.uint8)]
     return torch.cat(parts, dim=-1)
+
+
+@_to_rows.register_fake
+def _(values: Tensor, kv_dtype: Any, keys: bool) -> Tensor:
+    return values.new_empty((*values.shape[:-1], RowForm.of(values, kv_dtype).size), dtype=torch.uint8)
 
 
 def from_rows(rows: Tensor, form: RowForm, *, keys: bool) -> Tensor:
