@@ -52,7 +52,6 @@ ROOT = Path(__file__).parents[2]
         (float("inf"), "must lie in (0, 1]; for a number of tokens per layer give an int"),
         (True, "is a bool; give a float in (0, 1]"),
         ("x", "is a str; give a float in (0, 1]"),
-        (None, "is a NoneType; give a float in (0, 1]"),
     ],
 )
 def test_budget(budget: Any, why: str) -> None:

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tgvkv_compile.ops.attention import sdpa as attention
 from tgvkv_compile.ops.attention.sdpa import aligned_bias, kernel_with_lse, scaled_dot_product_attention_with_lse
-from tgvkv_compile.ops.attention.sdpa import sdpa as attention
 
 aten = torch.ops.aten
 

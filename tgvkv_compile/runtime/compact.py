@@ -348,7 +348,8 @@ class CompactCache:
         slots = round_slots(int(capacity.sum(1).max()) + 1)
         start = capacity.cumsum(1) - capacity
         batch, heads = old.key_arena.shape[:2]
-        key, value = (arena.new_zeros((batch, heads, slots, arena.shape[3])) for arena in (old.key_arena, old.value_arena))
+        key = old.key_arena.new_zeros((batch, heads, slots, old.key_arena.shape[3]))
+        value = torch.zeros_like(key, dtype=old.value_arena.dtype)
         position = torch.full((batch, slots), -1, dtype=old.slot_position.dtype, device=key.device)
         entries = _entries(old)
         length = entries.sum(2)
