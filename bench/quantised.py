@@ -9,18 +9,16 @@ divergence, in nats.
     python -m bench.quantised --model digits                       # the small model of the demonstration, head dim 32
 """
 
-import argparse
 import statistics
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench import record, table
-from bench.arguments import Parser, at_least_one, listed
+from bench.arguments import Parser, add_files, at_least_one, listed, plain_parser
 from bench.errors import BenchError, exit_code
 from bench.schemes import SCHEMES, Scheme
 from bench.simulated import Simulation
@@ -39,19 +37,18 @@ def main() -> None:
     found: dict[str, Any] = {**record.header("bench.quantised", args.model, None), "rows": {}}
     for text, simulation in simulations(args.model, args.texts):
         measure(found["rows"], text, simulation, schemes)
-        if args.json is not None:
-            record.write(found, args.json)
+        record.write(found, args.json)
         sys.stderr.write(f"{text}\n")
     sys.stdout.write(f"{markdown(found['rows'])}\n")
 
 
 def _options() -> Parser:
-    options = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = plain_parser(__doc__)
     options.add_argument("--model", choices=["smollm2", "digits"], default="smollm2")
     options.add_argument("--texts", type=listed(str), default=list(smollm2.CHAPTERS), help="of smollm2, by comma")
     options.add_argument("--schemes", type=lambda names: names.split(";"), help="names, by semicolon")
     options.add_argument("--threads", type=at_least_one, default=2, help="torch's threads")
-    options.add_argument("--json", type=Path, help="file to write")
+    add_files(options, "json")
     return options
 
 

@@ -119,20 +119,6 @@ def read_eviction(budget: float | int | None, others: Mapping[str, Any], *, wher
     return EvictionConfig(budget, **others)
 
 
-def refuse_for_export(config: EvictionConfig) -> None:
-    """Raises [`ConfigError`][] for options of eviction that exported models do not have, with the reason."""
-    if config.kv_dtype is not None:
-        raise ConfigError(
-            f"kv_dtype={config.kv_dtype!r} is not exported: engines read and write keys and values in the model's own dtype; "
-            "leave it out"
-        )
-    if config.memory is not None:
-        raise ConfigError(
-            f"memory={config.memory!r} is not exported: an engine's slots are set by its budget plan; give a budget, or a plan "
-            "whose capacities fit"
-        )
-
-
 def names_of(record: type) -> tuple[str, ...]:
     """The names of the fields of a record's class."""
     return tuple(field.name for field in dataclasses.fields(record))

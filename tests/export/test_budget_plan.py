@@ -106,3 +106,16 @@ def test_a_plan_for_another_model() -> None:
 def test_options_that_engines_do_not_have(option: Any) -> None:
     with pytest.raises(ConfigError, match="is not exported"):
         calibrate(None, [], max_new_tokens=4, **option)
+
+
+@pytest.mark.parametrize("option", [{"kv_dtype": "int8"}, {"budget": None, "memory": 1 << 20}], ids=str)
+def test_a_plan_of_ones_own_has_none_of_them(option: Any) -> None:
+    with pytest.raises(ConfigError, match="is not exported"):
+        _plan(eviction=dataclasses.replace(CONFIG, **option))
+
+
+def test_plans_from_before_an_option_was_there_can_be_read() -> None:
+    written = json.loads(_plan().to_json())
+    for option in ("ranking", "kv_dtype", "memory"):
+        del written["eviction"][option]
+    assert BudgetPlan.from_json(json.dumps(written)) == _plan()

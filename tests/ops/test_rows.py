@@ -4,7 +4,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from torch.library import opcheck
+from torch import library
 
 from tests.support.quantising import as_held
 from tgvkv_compile.config import KVDtype
@@ -29,7 +29,7 @@ def test_what_is_written_comes_back(kv_dtype: Any, dim: int, keys: bool) -> None
 
 @pytest.mark.parametrize("kv_dtype", DTYPES)
 def test_the_op_passes_opcheck(kv_dtype: str) -> None:
-    opcheck(torch.ops.tgvkv.to_rows, (torch.randn(2, 3, 5, 8), kv_dtype, True))
+    library.opcheck(torch.ops.tgvkv.to_rows, (torch.randn(2, 3, 5, 8), kv_dtype, True))
 
 
 def test_rows_of_the_models_own_dtype_are_what_was_given() -> None:

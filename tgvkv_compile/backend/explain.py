@@ -14,7 +14,7 @@ from tgvkv_compile.backend.apart import compile_apart
 from tgvkv_compile.backend.arena_sizes import counter_of, fewest_vision, slots_of_example
 from tgvkv_compile.backend.cut import Cut
 from tgvkv_compile.backend.explanation import CacheEstimate, Explanation, GraphReport, SiteReport
-from tgvkv_compile.backend.memory import token_bytes, with_budget
+from tgvkv_compile.backend.memory import forms_of, with_budget
 from tgvkv_compile.backend.options import BackendOptions, read_options
 from tgvkv_compile.backend.wrappers import module_of
 from tgvkv_compile.errors import NoAttentionError
@@ -127,9 +127,8 @@ def _capacity(graph: Analysis, options: BackendOptions) -> CacheEstimate:
     options = with_budget(options, plan)
     vision = fewest_vision(counter_of(graph, options), graph.inputs)
     slots = slots_of_example(graph, options, vision)
-    key, value = fake_tensor(plan.sites[0].key.node), fake_tensor(plan.sites[0].value.node)
-    batch, heads, length, dim = (int(size) for size in key.shape)
-    full = heads * dim * (key.element_size() + value.element_size())
+    batch, heads, length, _ = (int(size) for size in fake_tensor(plan.sites[0].key.node).shape)
+    forms = forms_of(plan, options)
     layers = plan.num_layers
     return CacheEstimate(
         num_layers=layers,
@@ -138,8 +137,8 @@ def _capacity(graph: Analysis, options: BackendOptions) -> CacheEstimate:
         kept_tokens=kept_bound(layers, length, config=options.eviction, num_vision=vision),
         growth_reserve=options.growth_reserve,
         arena_slots=slots,
-        full_bytes=batch * layers * length * full,
-        compact_bytes=batch * slots * (token_bytes(plan, options) + torch.int32.itemsize),
+        full_bytes=batch * layers * length * heads * forms.unquantised_bytes,
+        compact_bytes=batch * slots * (heads * forms.bytes + torch.int32.itemsize),
     )
 
 

@@ -8,14 +8,14 @@ from torch import Tensor
 from tgvkv_compile.backend.options import BackendOptions
 from tgvkv_compile.errors import ConfigError
 from tgvkv_compile.fx.meta import fake_tensor
-from tgvkv_compile.ops.cache.rows import KVForms, RowForm
+from tgvkv_compile.ops.cache.rows import KVForms
 from tgvkv_compile.plan import GraphPlan
 
 
 def forms_of(plan: GraphPlan, options: BackendOptions) -> KVForms:
     """What rows of a cache look like that a graph of this plan makes."""
     site = plan.sites[0]
-    return KVForms(*(RowForm.of(fake_tensor(append.node), options.kv_dtype) for append in (site.key, site.value)))
+    return KVForms.of(fake_tensor(site.key.node), fake_tensor(site.value.node), options.kv_dtype)
 
 
 def with_budget(options: BackendOptions, plan: GraphPlan) -> BackendOptions:
@@ -30,7 +30,8 @@ def with_budget(options: BackendOptions, plan: GraphPlan) -> BackendOptions:
     """
     if options.memory is None:
         return options
-    token = plan.num_layers * token_bytes(plan, options)
+    heads = int(fake_tensor(plan.sites[0].key.node).shape[1])
+    token = plan.num_layers * heads * forms_of(plan, options).bytes
     tokens, least = int(options.memory) // token, options.sink_tokens + 1
     if tokens < least:
         raise ConfigError(
@@ -38,11 +39,6 @@ def with_budget(options: BackendOptions, plan: GraphPlan) -> BackendOptions:
             f"layers), but the first {options.sink_tokens} and the newest are always kept; give at least {least * token} bytes"
         )
     return dataclasses.replace(options, budget=tokens, memory=None)
-
-
-def token_bytes(plan: GraphPlan, options: BackendOptions) -> int:
-    """Bytes of one token's keys and values in one layer."""
-    return int(fake_tensor(plan.sites[0].key.node).shape[1]) * forms_of(plan, options).bytes
 
 
 def check_question(options: BackendOptions, asked: int | str | None, history: Tensor, lengths: Tensor) -> None:

@@ -37,14 +37,16 @@ class _Turn(NamedTuple):
     decided: Reselected
 
 
-def _read(results: Sequence[Any], slots: Sequence[tuple[int, int]]) -> _Turn:
+def _read(results: Sequence[Any], slots: Sequence[tuple[int, int]], source: Source) -> _Turn:
     """Names the results of a rewritten later turn; `slots` are the outputs for keys and values of each layer.
 
     Raises:
+        ConfigError: The question does not fit into the memory that was asked for.
         PaddingError: A sample is padded on the right.
     """
     outputs, decided = split_off(results, Reselected)
     check_padding(decided.valid)
+    check_question(source.options, source.memory, decided.history, decided.lengths)
     choices: list[Choice] = []
     for _ in slots:
         outputs, choice = split_off(outputs, Choice)
@@ -64,8 +66,7 @@ class VisionContinuationProgram(CachedProgram):
         compact = self._compact(inputs)
         given = [*self._rest(inputs), *compact.candidates()]
         tokens = self._tokens(given)
-        turn = _read(self._compiled.fitting(given)(*given), self._slots)
-        check_question(self._source.options, self._source.memory, turn.decided.history, turn.decided.lengths)
+        turn = _read(self._compiled.fitting(given)(*given), self._slots, self._source)
         compact.reselect(tokens, turn.candidates, turn.choices, turn.decided)
         compact.padded_turns = compact.padded_turns or not bool(turn.decided.valid.all())
         put_handles(turn.outputs, self._slots, compact)
@@ -96,8 +97,7 @@ class LatePrefillProgram:
         refuse_assisted_decoding()
         options = self._source.options
         length = self._past(inputs) + self._tokens(inputs)
-        turn = _read(self._compiled.fitting(inputs)(*inputs), self._slots)
-        check_question(options, self._source.memory, turn.decided.history, turn.decided.lengths)
+        turn = _read(self._compiled.fitting(inputs)(*inputs), self._slots, self._source)
         compact = CompactCache(
             select_candidates(turn.candidates, turn.choices, turn.decided, options.growth_reserve, options.eviction),
             forms=self._forms,

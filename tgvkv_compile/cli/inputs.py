@@ -33,15 +33,10 @@ def read_budget(eviction: dict[str, Any]) -> float | int | None:
     Raises:
         CommandError: It cannot be read, or both were given.
     """
-    text, memory = eviction.pop("budget"), eviction["memory"]
-    try:
-        if memory is not None:
-            EvictionConfig(memory=memory)
-    except ConfigError as error:
-        raise CommandError(f"--{error}") from None
-    if text is not None and memory is not None:
-        raise CommandError(f"--budget {text} and --memory {memory} were both given; give one of them")
-    return None if text is None else parse_budget(text)
+    text = eviction.pop("budget")
+    budget = None if text is None else parse_budget(text)
+    _check(budget, memory=eviction["memory"])
+    return budget
 
 
 def parse_budget(text: str) -> float | int:
@@ -55,11 +50,16 @@ def parse_budget(text: str) -> float | int:
         budget = int(text) if text.isdigit() else float(text)
     except ValueError:
         raise CommandError(f"--budget {text!r} is not a number; give 0.05 for a fraction, 64 for tokens per layer") from None
+    _check(budget)
+    return budget
+
+
+def _check(budget: float | int | None, **others: Any) -> None:
+    """Raises [`CommandError`][] for what `EvictionConfig` refuses."""
     try:
-        EvictionConfig(budget)
+        EvictionConfig(budget, **others)
     except ConfigError as error:
         raise CommandError(str(error)) from None
-    return budget
 
 
 def parse_budgets(text: str) -> tuple[float | int, ...]:

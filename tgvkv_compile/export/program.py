@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from tgvkv_compile.backend.wrappers import module_of
-from tgvkv_compile.config import check_count, read_eviction, refuse_for_export
+from tgvkv_compile.config import check_count, read_eviction
 from tgvkv_compile.errors import ConfigError, UnsupportedGraphError
-from tgvkv_compile.export.capacity.budget_plan import BudgetPlan
+from tgvkv_compile.export.capacity.budget_plan import BudgetPlan, check_exportable
 from tgvkv_compile.export.capacity.calibrate import calibrate
 from tgvkv_compile.export.manifest import PROMPT, Engine, Manifest, TensorSpec
 from tgvkv_compile.export.trace.families import IDS, MASK, PIXELS, Family, constants_of, engine_inputs, family_of
@@ -107,7 +107,7 @@ def export_program(
         UnsupportedGraphError: The model cannot be exported.
     """
     say = say or (lambda _: None)
-    refuse_for_export(read_eviction(budget, eviction, where="export"))
+    check_exportable(read_eviction(budget, eviction, where="export"))
     model = module_of(model)
     if model.training:
         raise ConfigError(f"{type(model).__name__} is in training mode; call model.eval() first")

@@ -11,7 +11,7 @@ from tgvkv_compile.fx.dead_code import remove_dead
 from tgvkv_compile.fx.insert import insert_call, insert_placeholder
 from tgvkv_compile.fx.meta import fake_tensor, output_nodes
 from tgvkv_compile.ops.cache.continue_step import advance_lengths
-from tgvkv_compile.ops.cache.rows import RowForm
+from tgvkv_compile.ops.cache.rows import KVForms
 from tgvkv_compile.ops.state import CompactState
 from tgvkv_compile.passes.rewrite import ArenaSizes, Rewrite
 from tgvkv_compile.plan import GraphPlan
@@ -33,7 +33,7 @@ def _fake_state(rewrite: Rewrite) -> CompactState:
     key = fake_tensor(rewrite.plan.sites[0].key.node)
     value = fake_tensor(rewrite.plan.sites[0].value.node)
     batch, heads = key.shape[:2]
-    forms = [RowForm.of(tensor, rewrite.config.kv_dtype) for tensor in (key, value)]
+    forms = KVForms.of(key, value, rewrite.config.kv_dtype)
     device, env = key.device, rewrite.environment
     slots = env.symbol("tgvkv_slots", rewrite.get(ArenaSizes).slots)
     arenas = [env.tensor((batch, heads, slots, form.size), form.dtype, device) for form in forms]

@@ -127,7 +127,7 @@ class CompactCache:
         room: int,
     ) -> None:
         self.state = _writable(state)
-        self.forms = forms if forms is not None else KVForms.plain(state.key_arena, state.value_arena)
+        self.forms = forms if forms is not None else KVForms.of(state.key_arena, state.value_arena)
         self.config = config
         self.identity = identity
         self.history = history

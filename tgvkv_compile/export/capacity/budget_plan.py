@@ -37,13 +37,7 @@ class BudgetPlan:
         check_count("max_new_tokens", self.max_new_tokens, minimum=0)
         if not self.capacities:
             raise ConfigError("capacities=() names no layer; give the slots of each layer that evicts")
-        for option, choices in (("ranking", Ranking), ("budgeting", Budgeting)):
-            policy = getattr(self.eviction, option)
-            if not isinstance(policy, str):
-                raise ConfigError(
-                    f"{option}={name_of(policy)} is a function, which a plan's JSON cannot hold; export takes it by name: "
-                    + ", ".join(map(repr, get_args(choices)))
-                )
+        check_exportable(self.eviction)
         needed = _least_capacity(self.eviction, self.max_new_tokens)
         for layer, capacity in enumerate(self.capacities):
             check_count(f"capacities[{layer}]", capacity, minimum=1)
@@ -132,10 +126,32 @@ class BudgetPlan:
             raise ConfigError(f"capacities={capacities!r} of the budget plan must be a list of ints, one per layer")
         known = {field.name for field in dataclasses.fields(EvictionConfig)}
         if isinstance(eviction, dict):
-            eviction.setdefault("ranking", EvictionConfig.ranking)  # plans are older than rankings
+            for name in ("ranking", "kv_dtype", "memory"):  # plans are older than these
+                eviction.setdefault(name, getattr(EvictionConfig, name))
         if not isinstance(eviction, dict) or set(eviction) != known:
             raise ConfigError(f"eviction={eviction!r} of the budget plan must have exactly {', '.join(sorted(known))}")
         return cls(tuple(capacities), read["max_prompt"], read["max_new_tokens"], EvictionConfig(**eviction))
+
+
+def check_exportable(eviction: EvictionConfig) -> None:
+    """Raises [`ConfigError`][tgvkv_compile.errors.ConfigError] for options that engines do not have, with the reason."""
+    for option, choices in (("ranking", Ranking), ("budgeting", Budgeting)):
+        policy = getattr(eviction, option)
+        if not isinstance(policy, str):
+            raise ConfigError(
+                f"{option}={name_of(policy)} is a function, which a plan's JSON cannot hold; export takes it by name: "
+                + ", ".join(map(repr, get_args(choices)))
+            )
+    if eviction.kv_dtype is not None:
+        raise ConfigError(
+            f"kv_dtype={eviction.kv_dtype!r} is not exported: engines read and write keys and values in the model's own dtype; "
+            "leave it out"
+        )
+    if eviction.memory is not None:
+        raise ConfigError(
+            f"memory={eviction.memory!r} is not exported: an engine's slots are set by its budget plan; give a budget, or a "
+            "plan whose capacities fit"
+        )
 
 
 def _least_capacity(eviction: EvictionConfig, max_new_tokens: int) -> int:

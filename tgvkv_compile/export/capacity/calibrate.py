@@ -10,9 +10,9 @@ from tgvkv_compile.backend import dynamo
 from tgvkv_compile.backend.apart import compile_apart
 from tgvkv_compile.backend.backend import tgvkv_backend
 from tgvkv_compile.backend.wrappers import module_of
-from tgvkv_compile.config import check_count, read_eviction, refuse_for_export
+from tgvkv_compile.config import check_count, read_eviction
 from tgvkv_compile.errors import ConfigError
-from tgvkv_compile.export.capacity.budget_plan import BudgetPlan
+from tgvkv_compile.export.capacity.budget_plan import BudgetPlan, check_exportable
 from tgvkv_compile.ops.eviction.budgeting import segment_capacity
 from tgvkv_compile.runtime.inspect import inspect_cache
 
@@ -47,7 +47,7 @@ def calibrate(
         UnsupportedGraphError: The model cannot be rewritten.
     """
     config = read_eviction(budget, eviction, where="calibrate")
-    refuse_for_export(config)
+    check_exportable(config)
     check_count("max_new_tokens", max_new_tokens, minimum=0)
     if isinstance(slack, bool) or not isinstance(slack, (int, float)) or not 0.0 <= slack < math.inf:
         raise ConfigError(f"slack={slack!r} must be a number >= 0: the share of a capacity that is added to it")

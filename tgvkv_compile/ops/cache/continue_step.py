@@ -21,19 +21,15 @@ from tgvkv_compile.ops.state import WRITTEN_BY_STEPS, CompactState, read_state, 
 def _continue_step(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *rest: Any) -> Tensor:
     state, (layer, scale, *held) = read_state(rest)
     batch, _, count, _ = query.shape
-    device = query.device
-    among_new = visible_among_new(mask, batch, count, device)  # [B, Q, Q]
+    among_new = visible_among_new(mask, batch, count, query.device)  # [B, Q, Q]
     valid = among_new[:, -1]  # [B, Q]
     rank = valid.long().cumsum(1) - 1
     start, length, lengths = state.segment_start[:, layer], state.segment_len[:, layer], state.lengths
     # The first new token fills the slot that was evicted last, the others go behind the segment's end.
     slot = torch.where(rank == 0, state.next_slot[:, layer, None], start[:, None] + length[:, None] + rank)
     slot = torch.where(valid, slot, state.slot_position.shape[1] - 1)
-    new = NewTokens(key, value, slot, *(held or (None,)))
+    new = NewTokens(key, value, torch.where(valid, lengths[:, None] + rank, -1), slot, *held)
     append(state, new)
-    samples = torch.arange(batch, device=device)[:, None]
-    position = torch.where(valid, lengths[:, None] + rank, -1)
-    state.slot_position[samples, slot] = position.to(state.slot_position.dtype)
 
     grown = length + valid.sum(1)
     sees = functools.partial(_visible, among_new=among_new, valid=valid, rank=rank, lengths=lengths)

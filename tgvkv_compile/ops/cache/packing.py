@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tgvkv_compile.config import EvictionConfig, KVDtype
-from tgvkv_compile.ops.cache.rows import KVForms, RowForm, to_rows
+from tgvkv_compile.ops.cache.rows import KVForms, to_rows
 from tgvkv_compile.ops.eviction.budgeting import Allocation, allocate, segment_capacity
 from tgvkv_compile.ops.token_types import TokenTypes, vision_count
 
@@ -66,7 +66,7 @@ def new_arena(key: Tensor, value: Tensor, slots: int | torch.SymInt, kv_dtype: K
         kv_dtype: How they are held, see `EvictionConfig`.
     """
     batch, heads = key.shape[:2]
-    forms = KVForms(RowForm.of(key, kv_dtype), RowForm.of(value, kv_dtype))
+    forms = KVForms.of(key, value, kv_dtype)
     return Arena(
         key.new_zeros((batch, heads, slots, forms.key.size), dtype=forms.key.dtype),
         value.new_zeros((batch, heads, slots, forms.value.size), dtype=forms.value.dtype),

@@ -74,9 +74,9 @@ class KVForms(NamedTuple):
     value: RowForm
 
     @classmethod
-    def plain(cls, key: Tensor, value: Tensor) -> "KVForms":
-        """Of keys and values `[..., D]` that are held as they are."""
-        return cls(RowForm.of(key, None), RowForm.of(value, None))
+    def of(cls, key: Tensor, value: Tensor, kv_dtype: KVDtype | None = None) -> "KVForms":
+        """The forms in which keys and values `[..., D]` are held."""
+        return cls(RowForm.of(key, kv_dtype), RowForm.of(value, kv_dtype))
 
     @property
     def bytes(self) -> int:

@@ -18,23 +18,26 @@ class NewTokens(NamedTuple):
     Attributes:
         key: `[B, Hkv, Q, D]`.
         value: `[B, Hkv, Q, D]`.
+        position: int64 `[B, Q]`, -1 for padding.
         slot: int64 `[B, Q]`, where they go; padding goes to the last one, which belongs to no segment.
         kv_dtype: How the arenas hold keys and values, see `EvictionConfig`.
     """
 
     key: Tensor
     value: Tensor
+    position: Tensor
     slot: Tensor
-    kv_dtype: KVDtype | None
+    kv_dtype: KVDtype | None = None
 
 
 def append(state: CompactState, new: NewTokens) -> None:
-    """Writes new tokens to their slots of the arenas, in place."""
+    """Writes new tokens and their positions to their slots, in place."""
     samples = torch.arange(new.slot.shape[0], device=new.slot.device)[:, None]
     for arena, tensor in ((state.key_arena, new.key), (state.value_arena, new.value)):
         rows = to_rows(tensor.transpose(1, 2), new.kv_dtype, keys=arena is state.key_arena)
         # Under autocast a step's keys or values may have another dtype than the prompt's.
         arena[samples, :, new.slot] = rows.to(arena.dtype)
+    state.slot_position[samples, new.slot] = new.position.to(state.slot_position.dtype)
 
 
 class Attended(NamedTuple):

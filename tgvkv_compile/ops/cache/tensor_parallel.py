@@ -41,8 +41,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, key_arena: Tensor, *_: object) 
 )
 def _evict_step(attention: Tensor, *rest: Any) -> None:
     """The second half of a step: chooses by the attention `[B, T]` of all heads."""
-    *tensors, layer, decode, sink_tokens = rest
-    state = CompactState(*tensors)
+    state, (layer, decode, sink_tokens) = read_state(rest)
     start, length = state.segment_start[:, layer], state.segment_len[:, layer] + 1
     positions = segment_positions(state.slot_position, start, length, attention.shape[1])
     evict(attention, positions, state, layer=layer, decode=decode, sink_tokens=sink_tokens)

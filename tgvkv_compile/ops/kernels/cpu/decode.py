@@ -27,14 +27,10 @@ _Step = record(_SIZES, _POINTERS)
 """`struct Step` of the source."""
 
 
-def kernel_for(
-    query: Tensor, key: Tensor, value: Tensor, state: CompactState, kv_dtype: str | None = None
-) -> Callable[..., None] | None:
+def kernel_for(query: Tensor, key: Tensor, value: Tensor, state: CompactState) -> Callable[..., None] | None:
     """The kernel, if there is one for these tensors: all of one dtype, and laid out as rewritten graphs lay them out."""
     arenas = (state.key_arena, state.value_arena)
-    if any(tensor.dtype != query.dtype for tensor in (key, value, *(() if kv_dtype else arenas))):
-        return None
-    if kv_dtype:
+    if any(tensor.dtype != query.dtype for tensor in (key, value, *arenas)):
         return None
     rows = all(tensor.stride(3) == 1 for tensor in (query, key, value, *arenas))
     slots = all(arena.stride(2) == arena.shape[3] for arena in arenas)
