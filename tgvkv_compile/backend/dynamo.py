@@ -12,6 +12,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from tgvkv_compile.backend.chunk_loops import keep_chunk_loops
+from tgvkv_compile.backend.collectors import collect_by_thread
 from tgvkv_compile.backend.cut import cut_models
 from tgvkv_compile.backend.sliding_windows import hand_windows_back
 from tgvkv_compile.private import dynamo_config, keep_mutations_after_subgraphs, set_for_all_threads, symbolic_shapes_config
@@ -73,6 +74,7 @@ def _adjust() -> None:
     cut_models()
     hand_windows_back()
     keep_chunk_loops()
+    collect_by_thread()
     _never_warn()
     masks = sys.modules.get("transformers.masking_utils")  # where it is not loaded, there is no model to compile yet
     fast_all = getattr(masks, "fast_all", None)
