@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import types
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import transformers
@@ -14,10 +14,13 @@ import tgvkv_compile
 from bench.errors import BenchError
 from bench.models import Prompt
 from bench.presets import Preset
+from tgvkv_compile.config import KVDtype
 
 Compiler = Literal["inductor", "eager"]
 
-ORDER = ("hf-eager", "inductor-full", "inductor-static", "tgvkv", "tgvkv-capped", "floor", "floor-static")
+QUANTISED = {f"tgvkv-{kv_dtype}": kv_dtype for kv_dtype in get_args(KVDtype)}
+"""`tgvkv` with each `kv_dtype`, at the same budget of tokens."""
+ORDER = ("hf-eager", "inductor-full", "inductor-static", "tgvkv", "tgvkv-capped", *QUANTISED, "floor", "floor-static")
 """All there are. `tgvkv-capped` holds little in a prefill; `floor-static` is the lower bound that CUDA graphs can replay."""
 CAP = 2.0
 """`prefill_cap` of `tgvkv-capped`."""
@@ -50,8 +53,8 @@ def kept_tokens(budget: float, length: int) -> int:
 
 
 def default_names(device: str) -> tuple[str, ...]:
-    """The rows of a run that names none: `floor-static` only where there are CUDA graphs."""
-    return tuple(name for name in ORDER if name != "tgvkv-capped" and (device == "cuda" or name != "floor-static"))
+    """The rows of a run that names none: no variant of `tgvkv`, and `floor-static` only where there are CUDA graphs."""
+    return tuple(name for name in ORDER if not name.startswith("tgvkv-") and (device == "cuda" or name != "floor-static"))
 
 
 def make_contenders(
@@ -74,22 +77,27 @@ def make_contenders(
         raise BenchError(f"no contender {unknown[0]!r}; there are {', '.join(ORDER)}")
     if len(set(names)) < len(names) or not names:
         raise BenchError(f"contenders {','.join(names)!r}: name each one once, and at least one")
-    # It sets dynamo's process-wide flags, so it is made first: all contenders are compiled under the same ones.
     stock: dict[str, Any] = {"backend": compiler}
     graphs = {"mode": "reduce-overhead"} if preset.device == "cuda" and compiler == "inductor" else {}
-    backend = tgvkv_compile.tgvkv_backend(budget=budget, lowering=compiler, **graphs)
+    ours: dict[str, dict[str, Any]] = {
+        "tgvkv": {},
+        "tgvkv-capped": {"prefill_cap": CAP},
+        **{name: {"kv_dtype": kv_dtype} for name, kv_dtype in QUANTISED.items()},
+    }
+    # They set dynamo's process-wide flags, so they are made first: all contenders are compiled under the same ones.
+    backends = {
+        name: tgvkv_compile.tgvkv_backend(budget=budget, lowering=compiler, **graphs, **options)
+        for name, options in ours.items()
+        if name in names
+    }
     makers: dict[str, Callable[[], Contender]] = {
         "hf-eager": lambda: _eager(model),
         "inductor-full": lambda: _full(model, stock),
         "inductor-static": lambda: _static(model, preset, stock, graphs),
-        "tgvkv": lambda: _tgvkv(model, "tgvkv", backend),
-        "tgvkv-capped": lambda: _tgvkv(
-            model, "tgvkv-capped", tgvkv_compile.tgvkv_backend(budget=budget, lowering=compiler, prefill_cap=CAP, **graphs)
-        ),
         "floor": lambda: _lower_bound(model, preset, budget, stock),
         "floor-static": lambda: _lower_bound_static(model, preset, budget, {**stock, **graphs}),
     }
-    return [makers[name]() for name in names]
+    return [_tgvkv(model, name, backends[name]) if name in backends else makers[name]() for name in names]
 
 
 def _eager(model: Any) -> Contender:

@@ -34,6 +34,17 @@ def ratios(rows: Mapping[str, Mapping[str, Any]], of: str = "tgvkv") -> dict[str
     return found
 
 
+def among_ours(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Of the variants' medians to those of `tgvkv`: `<variant>_<measure>_vs_tgvkv`. Below 1 is better."""
+    plain = rows.get("tgvkv", {})
+    return {
+        f"{name.removeprefix('tgvkv-')}_{measure}_vs_tgvkv": row[key] / plain[key]
+        for name, row in rows.items()
+        for measure, key in MEASURES.items()
+        if name.startswith("tgvkv-") and row.get(key) is not None and plain.get(key)
+    }
+
+
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, least, most and quartiles."""
     ordered = sorted(values)

@@ -13,7 +13,7 @@ from bench.contenders import default_names, make_contenders
 from bench.errors import exit_code
 from bench.measure import conditions, measure
 from bench.models import make_model
-from bench.ratios import ratios
+from bench.ratios import among_ours, ratios
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
         "compiler": args.compiler,
         **conditions(model, preset),
         "rows": rows,
-        "ratios": ratios(rows),
+        "ratios": {**ratios(rows), **among_ours(rows)},
     }
     record.write(found, args.json)
     sys.stdout.write(f"{table.of_run(rows, found['ratios'])}\n")

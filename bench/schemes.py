@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tgvkv_compile.ops.cache.quantising import CodeDtype, bytes_per_entry, dequantise, quantise
+from tgvkv_compile.ops.cache.quantising import KVDtype, bytes_per_entry, dequantise, quantise
 
 Coder = Callable[[Tensor, int], Tensor]
 """Vectors `[B, Hkv, S, D]` and how many of the tokens are the prompt's, to what is read again."""
@@ -50,7 +50,7 @@ class Scheme:
         return (2 * 64 * self.bits / 8 + self.extra) / 256
 
 
-def packages(kind: CodeDtype) -> Coder:
+def packages(kind: KVDtype) -> Coder:
     """What the package does."""
     return lambda values, prompt: dequantise(quantise(values, kind), kind)
 
@@ -141,7 +141,7 @@ def _both(name: str, coder: Coder, extra: float, bits: int, **how: object) -> Sc
     return Scheme(name, coder, coder, extra, bits, **how)  # type: ignore[arg-type]
 
 
-def _packages(kind: CodeDtype, words: str = "", **how: object) -> Scheme:
+def _packages(kind: KVDtype, words: str = "", **how: object) -> Scheme:
     bits = 4 if kind == "int4" else 8
     extra = 2 * (bytes_per_entry(kind, 64, torch.bfloat16) - 8 * bits)
     return _both(f"{kind}{words}", packages(kind), extra, bits, **how)

@@ -13,7 +13,7 @@ BudgetOf = Literal["all", "vision"]
 Budgeting = Literal["tvb", "waterfill", "uniform", "pyramid"]
 Ranking = Literal["twr", "snapkv", "h2o", "streaming", "knorm", "random"]
 DecodeMode = Literal["ratio", "fixed", "keep"]
-KVDtype = Literal["int8", "float8_e4m3fn"]
+KVDtype = Literal["int8", "int4", "float8_e4m3fn"]
 Lowering = Literal["inductor", "aot_eager", "eager"]
 CompileMode = Literal["reduce-overhead", "max-autotune"]
 OnUnsupported = Literal["raise", "passthrough"]
@@ -38,8 +38,8 @@ class EvictionConfig:
         sink_tokens: How many first positions are always kept.
         ranking: Which tokens of a prompt stay (`docs/policies.md`): `"twr"` (as released), `"snapkv"`, `"h2o"`, `"streaming"`,
             `"knorm"`, `"random"`, or a function from a `Layer` to what it is `Ranked`.
-        kv_dtype: How kept keys and values are held (`docs/quantised-cache.md`): `"int8"`, `"float8_e4m3fn"`; None: in the
-            model's own dtype. A budget counts tokens, whatever they are held in.
+        kv_dtype: How kept keys and values are held (`docs/quantised-cache.md`): `"int8"`, `"int4"`, `"float8_e4m3fn"`;
+            None: in the model's own dtype. A budget counts tokens, whatever they are held in.
         memory: In place of `budget`, the bytes that a sample's kept keys and values may take after prefill, scales included: an
             `int`, or text such as `"64MiB"`. The budget is then the tokens per layer that fit (on each rank, those of its
             heads). Needs `budget_of="all"`.

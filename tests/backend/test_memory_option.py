@@ -11,8 +11,10 @@ from tgvkv_compile.config import EvictionConfig, parse_bytes
 from tgvkv_compile.errors import ConfigError
 
 SHAPE = Shape(layers=2, heads=2, kv_heads=2, head_dim=16)
-TOKEN = {None: 2 * 2 * 2 * 16 * 4, "int8": 2 * 2 * 2 * (16 + 4)}
+TOKEN = {None: 2 * 2 * 2 * 16 * 4, "int8": 2 * 2 * 2 * (16 + 4), "int4": 2 * 2 * 2 * (8 + 4)}
 """Bytes of a token in both layers."""
+WINDOW = 32 * TOKEN["int4"]
+"""What the newest tokens take once more in int4."""
 
 
 def held(**options: Any) -> Any:
@@ -24,7 +26,8 @@ def held(**options: Any) -> Any:
 
 @pytest.mark.parametrize("kv_dtype", TOKEN)
 def test_it_is_the_tokens_that_fit(kv_dtype: Any) -> None:
-    report = held(memory=40 * TOKEN[kv_dtype] + 5, kv_dtype=kv_dtype)
+    window = WINDOW if kv_dtype == "int4" else 0
+    report = held(memory=40 * TOKEN[kv_dtype] + window + 5, kv_dtype=kv_dtype)
     same = held(budget=40, kv_dtype=kv_dtype)
     assert torch.equal(report.segment_lengths, same.segment_lengths)
     assert report.key_bytes + report.value_bytes + report.scale_bytes <= 40 * TOKEN[kv_dtype]
@@ -48,7 +51,7 @@ def test_no_size(text: Any) -> None:
     [
         ({"budget": 0.1, "memory": 1000}, "budget=0.1 and memory=1000 were both given; give one of them"),
         ({"memory": 1000, "budget_of": "vision"}, "memory=1000 needs budget_of='all'"),
-        ({"kv_dtype": "int3"}, "kv_dtype='int3' is not known; choose one of None, 'int8', 'float8_e4m3fn'"),
+        ({"kv_dtype": "int3"}, "kv_dtype='int3' is not known; choose one of None, 'int8', 'int4', 'float8_e4m3fn'"),
     ],
     ids=str,
 )

@@ -27,7 +27,7 @@ def call(main: Any, monkeypatch: pytest.MonkeyPatch, *args: str) -> int:
 
 def test_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "new" / "out.json"
-    names = ("inductor-full", "inductor-static", "tgvkv", "tgvkv-capped", "floor")
+    names = ("inductor-full", "inductor-static", "tgvkv", "tgvkv-capped", "tgvkv-int8", "floor")
     assert call(run.main, monkeypatch, *QUICK, "--budget", "0.2", "--contenders", ",".join(names), "--json", str(file)) == 0
     found = json.loads(file.read_text())
     # All that a figure needs beside it.
@@ -39,6 +39,7 @@ def test_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         assert row["decode_ms"] > 0 and row["kv_bytes"] > 0 and row["decode_peak_bytes"] > 0
         assert row["compiles_while_timing"] == 0 and len(row["rounds"]["decode_ms"]) == 2
         assert (row["prefill_ms"] is None) == (row["tokens_per_s"] is None) == (name == "floor")
+    assert 0.2 < found["ratios"]["int8_kv_bytes_vs_tgvkv"] < 0.5  # of float32, scales and positions counted
     printed = capsys.readouterr().out
     assert "decode_vs_full" in printed and "tgvkv" in printed
     # What a cache holds is measured: a fifth and the reserve; the floor's exactly a fifth and the answer; the rest all.

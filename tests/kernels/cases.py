@@ -5,6 +5,9 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from tgvkv_compile.config import KVDtype
+from tgvkv_compile.ops.cache.rows import RowForm, from_rows, to_rows
+from tgvkv_compile.ops.cache.window import WINDOW, has_window, read_window, window_slots, write_window
 from tgvkv_compile.ops.state import CompactState
 
 
@@ -18,6 +21,7 @@ class StepCase:
     state: CompactState
     layer: int
     scale: float
+    kv_dtype: KVDtype | None = None
 
     def fresh(self) -> CompactState:
         """The state in tensors of its own."""
@@ -39,11 +43,14 @@ class StepCase:
             new = int(state.next_slot[sample, layer]) - start
             place = state.slot_position[sample, start : start + count].long()
             place[new] = state.lengths[sample]
-            keys = state.key_arena[sample, :, start : start + count].double()
-            values = state.value_arena[sample, :, start : start + count].double()
-            # A cache of another dtype rounds what is put into it.
-            keys[:, new] = self.key[sample, :, 0].to(state.key_arena.dtype).double()
-            values[:, new] = self.value[sample, :, 0].to(state.value_arena.dtype).double()
+            keys, values = (
+                self._read(arena, sample, slice(start, start + count), place, keys=arena is state.key_arena).double()
+                for arena in (state.key_arena, state.value_arena)
+            )
+            # A cache of another dtype rounds what is put into it, but codes are for later steps.
+            whole = self.kv_dtype is not None
+            keys[:, new] = (self.key if whole else self.key.to(state.key_arena.dtype))[sample, :, 0].double()
+            values[:, new] = (self.value if whole else self.value.to(state.value_arena.dtype))[sample, :, 0].double()
             keys, values = (x.repeat_interleave(heads // kv_heads, dim=0) for x in (keys, values))
             logits = (self.query[sample].double() @ keys.transpose(1, 2) * self.scale)[:, 0]
             largest = max(largest, float(logits.abs().max()))
@@ -52,6 +59,43 @@ class StepCase:
             attention[sample, :count] = weights.mean(0)
             positions[sample, :count] = place
         return output, attention, positions, largest
+
+    def _read(self, arena: Tensor, sample: int, part: slice, positions: Tensor, *, keys: bool) -> Tensor:
+        """Of the slots `part`, float32 `[Hkv, W, D]`."""
+        form = RowForm(self.kv_dtype, self.key.shape[3], torch.float32)
+        one = slice(sample, sample + 1)
+        read = from_rows(arena[one, :, part], form, keys=keys)
+        if has_window(self.kv_dtype):
+            # The new token takes the entry of the one so many positions before it.
+            there = torch.where(positions == self.state.lengths[sample] - WINDOW, -1, positions)[None]
+            read = read_window(read, arena[one], self.state.slot_position[one], there, form, layer=self.layer, keys=keys)
+        return read[0]
+
+
+def quantised(case: StepCase, kv_dtype: KVDtype) -> StepCase:
+    """The same step on arenas of codes, with windows where these have some."""
+    state, layers = case.state, case.state.segment_start.shape[1]
+    before = window_slots(kv_dtype, layers)
+    arenas = [
+        torch.nn.functional.pad(to_rows(arena, kv_dtype, keys=arena is state.key_arena), (0, 0, before, 0)).contiguous()
+        for arena in state[:2]
+    ]
+    position = torch.nn.functional.pad(state.slot_position, (before, 0), value=-1)
+    moved = state._replace(
+        key_arena=arenas[0],
+        value_arena=arenas[1],
+        slot_position=position,
+        segment_start=state.segment_start + before,
+        next_slot=state.next_slot + before,
+    )
+    for layer in range(layers if before else 0):
+        width = int(state.segment_len[:, layer].max()) + 1
+        slots = (state.segment_start[:, layer, None] + torch.arange(width)).clamp(max=state.slot_position.shape[1] - 1)
+        used = torch.arange(width) <= state.segment_len[:, layer, None]
+        index = slots[:, None, :, None]
+        key, value = (arena.gather(2, index.expand(-1, arena.shape[1], -1, arena.shape[3])) for arena in state[:2])
+        write_window(moved[:3], key, value, torch.where(used, state.slot_position.gather(1, slots).long(), -1), layer=layer)
+    return dataclasses.replace(case, state=moved, kv_dtype=kv_dtype)
 
 
 def random_step(

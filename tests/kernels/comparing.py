@@ -10,6 +10,7 @@ from torch import Tensor
 from tests.kernels.bounds import check_bounded
 from tests.kernels.cases import StepCase, random_step
 from tests.ops.prompts import Layer
+from tgvkv_compile.config import KVDtype
 from tgvkv_compile.ops.attention.rows import AttentionRows
 from tgvkv_compile.ops.cache import decode_step as op
 from tgvkv_compile.ops.policy.rank import rank_by_walk, scores_from_attention
@@ -25,7 +26,8 @@ NOISE = 1e-5
 
 def plain(case: StepCase, decode: str, sink: int = 4) -> tuple[Tensor, CompactState]:
     state = case.fresh()
-    return op._decode_step(case.query, case.key, case.value, *state, case.layer, case.scale, decode, sink), state
+    options = (case.layer, case.scale, decode, sink, case.kv_dtype)
+    return op._decode_step(case.query, case.key, case.value, *state, *options), state
 
 
 def decided(case: StepCase, sink: int = 4) -> bool:
@@ -42,20 +44,35 @@ def decided(case: StepCase, sink: int = 4) -> bool:
     return True
 
 
-def same_books(actual: CompactState, expected: CompactState) -> None:
+def same_books(actual: CompactState, expected: CompactState, kv_dtype: KVDtype | None = None) -> None:
     for name, got, wanted in zip(CompactState._fields, actual, expected, strict=True):
-        assert torch.equal(got, wanted), name
+        if kv_dtype is not None and name.endswith("arena"):
+            same_rows(got, wanted, kv_dtype)
+        else:
+            assert torch.equal(got, wanted), name
+
+
+def same_rows(actual: Tensor, expected: Tensor, kv_dtype: KVDtype) -> None:
+    """Rows of codes; a rotation in another order may round a number to the next code, or a scale to the next of float16."""
+    off = actual != expected
+    assert float(off.any(-1).float().mean()) < 0.02, "many rows differ"
+    got, wanted = actual[off].int(), expected[off].int()
+    near = (got - wanted).abs() <= 1
+    if kv_dtype == "int4":
+        near |= ((got & 15) - (wanted & 15)).abs() + ((got >> 4) - (wanted >> 4)).abs() <= 1
+    assert bool(near.float().mean() > 0.9) if len(near) else True
 
 
 def check_step(step: Step, case: StepCase, decode: str, sink: int = 4) -> None:
     """One step, from the output to the books."""
     state = case.fresh()
-    output = step(case.query, case.key, case.value, state, case.layer, case.scale, decode, sink)
+    quantised = () if case.kv_dtype is None else (case.kv_dtype,)
+    output = step(case.query, case.key, case.value, state, case.layer, case.scale, decode, sink, *quantised)
     expected, books = plain(case, decode, sink)
     exact, _, _, largest = case.exact()
     check_bounded(output, expected, exact, largest_logit=largest)
     assert output.is_contiguous() and output.shape == case.query.shape
-    same_books(state if decided(case, sink) else CompactState(*state[:2], *books[2:]), books)
+    same_books(state if decided(case, sink) else CompactState(*state[:2], *books[2:]), books, case.kv_dtype)
 
 
 def check_many_steps(step: Step, decode: str, dtype: torch.dtype = torch.float32) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, library
 
-from tests.kernels.cases import StepCase, random_step
+from tests.kernels.cases import StepCase, quantised, random_step
 from tests.kernels.comparing import check_many_steps, check_step, decided, plain, same_books, threads
+from tgvkv_compile.config import KVDtype
 from tgvkv_compile.ops.kernels.cpu import compiled
 from tgvkv_compile.ops.kernels.cpu import decode as cpu_decode
 from tgvkv_compile.ops.state import CompactState
@@ -21,9 +22,9 @@ MODES = ["ratio", "fixed", "keep"]
 
 
 def by_kernel(query: Tensor, key: Tensor, value: Tensor, state: CompactState, *options: Any) -> Tensor:
-    kernel = cpu_decode.kernel_for(query, key, value, state)
+    kernel = cpu_decode.kernel_for(query, key, value, state, *options[4:])
     assert kernel is not None
-    return cpu_decode.decode_step_by(kernel, query, key, value, state, *options)
+    return cpu_decode.decode_step_by(kernel, query, key, value, state, *options[:4])
 
 
 def by_op(query: Tensor, key: Tensor, value: Tensor, state: CompactState, *options: Any) -> Tensor:
@@ -43,6 +44,17 @@ def test_every_dtype_head_dim_and_kind_of_group(dtype: torch.dtype, dim: int, gr
     case = random_step(batch=2, kv_heads=2, group=group, dim=dim, dtype=dtype, longest=longest, seed=dim + group)
     assert decided(case)
     check_step(by_kernel, case, "ratio")
+
+
+@pytest.mark.parametrize("kv_dtype", get_args(KVDtype))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dim", "group"), [(8, 1), (20, 3), (64, 1), (64, 4), (80, 7), (96, 2), (128, 8), (256, 1)])
+def test_codes_of_every_kind(kv_dtype: Any, dtype: torch.dtype, dim: int, group: int) -> None:
+    for longest in (12, 90):
+        whole = random_step(batch=2, kv_heads=2, group=group, dim=dim, dtype=dtype, longest=longest, seed=dim + group)
+        case = quantised(whole, kv_dtype)
+        assert decided(case)
+        check_step(by_kernel, case, "ratio")
 
 
 @st.composite

@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.support.quantising import LEVELS, slowly
 from tgvkv_compile.errors import ConfigError
 from tgvkv_compile.ops.cache.quantising import (
-    CodeDtype,
+    KVDtype,
     Quantised,
     bytes_per_entry,
     dequantise,
@@ -19,7 +19,7 @@ from tgvkv_compile.ops.cache.quantising import (
     rotated,
 )
 
-KINDS = get_args(CodeDtype)
+KINDS = get_args(KVDtype)
 DIMS = (2, 4, 32, 40, 64, 72, 80, 96, 128, 256)
 
 
@@ -54,7 +54,7 @@ def codes_of(quantised: Quantised, kind: str) -> list[list[float]]:
 @pytest.mark.parametrize("kind", KINDS)
 @given(any_vectors())
 @settings(max_examples=25)
-def test_bit_for_bit_what_the_slow_way_gives(kind: CodeDtype, values: Tensor) -> None:
+def test_bit_for_bit_what_the_slow_way_gives(kind: KVDtype, values: Tensor) -> None:
     found = quantise(values, kind)
     dim = values.shape[-1]
     back = dequantise(found, kind).reshape(-1, dim)
@@ -72,7 +72,7 @@ def test_bit_for_bit_what_the_slow_way_gives(kind: CodeDtype, values: Tensor) ->
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 @given(any_vectors())
-def test_no_value_is_off_by_more_than_half_a_step(kind: CodeDtype, values: Tensor) -> None:
+def test_no_value_is_off_by_more_than_half_a_step(kind: KVDtype, values: Tensor) -> None:
     found = quantise(values, kind)
     off = (dequantise(found, kind) - values.float()).abs().amax(-1)
     scale, zero = found.scales.unbind(-1)
@@ -98,7 +98,7 @@ def ulp(values: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_zeros_come_back_as_zeros(kind: CodeDtype) -> None:
+def test_zeros_come_back_as_zeros(kind: KVDtype) -> None:
     found = quantise(torch.zeros(2, 64), kind)
     assert torch.equal(dequantise(found, kind), torch.zeros(2, 64))
     assert not found.scales.isnan().any()
@@ -106,14 +106,14 @@ def test_zeros_come_back_as_zeros(kind: CodeDtype) -> None:
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 @pytest.mark.parametrize("value", [1.0, -0.25, 1.7e-4, 655.0, -65504.0])
-def test_a_vector_of_one_value_comes_back_as_it(kind: CodeDtype, value: float) -> None:
+def test_a_vector_of_one_value_comes_back_as_it(kind: KVDtype, value: float) -> None:
     values = torch.full((1, 64), value).half()
     assert torch.equal(dequantise(quantise(values, kind), kind, torch.float16), values)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_stays_so(kind: CodeDtype, broken: float) -> None:
+def test_what_is_not_finite_stays_so(kind: KVDtype, broken: float) -> None:
     values = torch.randn(2, 64)
     values[1, 40] = broken
     found = dequantise(quantise(values, kind), kind)
@@ -122,7 +122,7 @@ def test_what_is_not_finite_stays_so(kind: CodeDtype, broken: float) -> None:
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_what_float16_cannot_hold_is_nan_not_another_value(kind: CodeDtype) -> None:
+def test_what_float16_cannot_hold_is_nan_not_another_value(kind: KVDtype) -> None:
     assert bool(dequantise(quantise(torch.full((1, 8), -1e5), kind), kind).isnan().all())
 
 
@@ -137,7 +137,7 @@ def test_more_bits_lose_less() -> None:
 
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_shapes_dtypes_and_bytes(kind: CodeDtype, dim: int) -> None:
+def test_shapes_dtypes_and_bytes(kind: KVDtype, dim: int) -> None:
     found = quantise(vectors(0, dim, 1.0, 0.0, dtype=torch.bfloat16), kind)
     assert found.codes.shape == (2, 3, 5, dim // 2 if kind == "int4" else dim)
     assert found.codes.dtype == (torch.float8_e4m3fn if kind == "float8_e4m3fn" else torch.uint8)
@@ -151,7 +151,7 @@ def test_shapes_dtypes_and_bytes(kind: CodeDtype, dim: int) -> None:
 @pytest.mark.parametrize(
     ("kind", "most"), [(None, 1.0), ("int8", 0.55), ("float8_e4m3fn", 0.55), ("int4", 0.32)], ids=lambda value: str(value)
 )
-def test_bytes_at_head_dim_64(kind: CodeDtype | None, most: float) -> None:
+def test_bytes_at_head_dim_64(kind: KVDtype | None, most: float) -> None:
     whole = bytes_per_entry(None, 64, torch.bfloat16)
     assert whole == 128
     assert bytes_per_entry(kind, 64, torch.bfloat16) <= most * whole
@@ -177,7 +177,7 @@ def test_odd_head_dims_are_refused_in_four_bits(function: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_token_needs_no_other(kind: CodeDtype) -> None:
+def test_a_token_needs_no_other(kind: KVDtype) -> None:
     values = vectors(3, 64, 1.0, 0.5, outliers=1)
     whole = quantise(values, kind)
     alone = quantise(values[:, :, 2:3], kind)

@@ -64,6 +64,8 @@ class Session:
         self._attention: dict[int, Tensor] = {}
         self._visible: dict[int, Tensor] = {}
         self._evicted: list[int] = []  # the model's layers that the oracles' layers are
+        self._written: list[int] = []  # per sample, the most tokens that there ever were: newer ones take the window
+        self._reselects = False
         self.calls = 0
         self.dense = False
         self.fragile: list[int | None] = []
@@ -77,6 +79,9 @@ class Session:
                 `pixel_values`. A later call of several tokens is a turn; it may be padded on the left.
         """
         count = inputs["input_ids"].shape[1]
+        self._reselects = count > 1 and bool(torch.isin(inputs["input_ids"], self._image_token).any())
+        if not self._reselects:
+            self._count_written(inputs["attention_mask"])
         output = self._model(
             **inputs,
             position_ids=positions_of(inputs["attention_mask"])[:, -count:],
@@ -84,7 +89,14 @@ class Session:
             use_cache=True,
         )
         self._take_in(inputs["input_ids"], inputs["attention_mask"], output.past_key_values)
+        if self._reselects:
+            self._written = []
+            self._count_written(inputs["attention_mask"])
         return output.logits[:, -1].float()
+
+    def _count_written(self, mask: Tensor) -> None:
+        totals = mask.sum(1).tolist()
+        self._written = [max(pair) for pair in zip(self._written or totals, totals, strict=True)]
 
     def generate(self, inputs: dict[str, Tensor], steps: int) -> "ReferenceTrace":
         """A prompt and `steps` decode steps through stock `generate`, which knows what else a model's calls need."""
@@ -135,11 +147,7 @@ class Session:
             scale: The factor on the logits.
         """
         if self._config.kv_dtype is not None and layer in self._evicted and self._oracles:
-            new = query.shape[2]  # a call sees its own tokens as they are
-            key, value = (
-                torch.cat([as_held(x[:, :, :-new], self._config.kv_dtype, keys=x is key).to(x.dtype), x[:, :, -new:]], dim=2)
-                for x in (key, value)
-            )
+            key, value = (self._held(layer, x, query.shape[2], keys=x is key) for x in (key, value))
         group = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
         logits = query.float() @ key.float().transpose(2, 3) * scale
@@ -147,6 +155,24 @@ class Session:
         attention = logits.masked_fill(~visible, float("-inf")).softmax(-1).masked_fill(~visible, 0.0)
         self._attention[layer], self._visible[layer] = attention, visible[:, 0]
         return (attention @ value.float()).to(query.dtype).transpose(1, 2)
+
+    def _held(self, layer: int, whole: Tensor, new: int, *, keys: bool) -> Tensor:
+        """Keys or values `[B, Hkv, S, D]` as a cache gives them back; a call sees its own `new` tokens as they are.
+
+        A turn with new vision takes what it reads for what there is.
+        """
+        past, kind = whole[:, :, :-new], self._config.kv_dtype
+        assert kind is not None
+        read = as_held(past, kind, keys=keys)
+        if kind == "int4":
+            position = positions_of(self._valid)[:, : past.shape[2]]
+            newest = position >= torch.tensor(self._written)[:, None] - 16
+            read = torch.where(newest[:, None, :, None], as_held(past, "int8", keys=keys), read)
+        read = read.to(whole.dtype)
+        if self._reselects:
+            cached = self._cache.layers[layer]
+            (cached.keys if keys else cached.values)[:, :, : past.shape[2]] = read
+        return torch.cat([read, whole[:, :, -new:]], dim=2)
 
     def _not_evicted(self, layer: int, queries: int, mask: Tensor) -> Tensor:
         """Bool, as `mask`; the new tokens are all there."""

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.errors import CacheError
-from tgvkv_compile.ops.cache.packing import evict_into, new_arena
-from tgvkv_compile.ops.cache.rows import KVForms, from_rows
+from tgvkv_compile.ops.cache.packing import evict_into, new_arena, open_window
+from tgvkv_compile.ops.cache.rows import KVForms, RowForm, from_rows
+from tgvkv_compile.ops.cache.window import has_window, read_window, window_slots
 from tgvkv_compile.ops.eviction.budgeting import growth_bound, kept_bound, segment_capacity
 from tgvkv_compile.ops.state import Choice, CompactState, Reselected, Survivors
 
@@ -23,7 +24,7 @@ SLOT_STEP = 16
 
 
 def arena_slots(num_layers: int, length: int, reserve: int, *, config: EvictionConfig, num_vision: int | None) -> int:
-    """T of a fresh arena: what may be kept, the growth reserve, one scrap slot, rounded up.
+    """T of a fresh arena: windows, what may be kept, the growth reserve, one scrap slot, rounded up.
 
     Args:
         num_layers: L.
@@ -35,7 +36,7 @@ def arena_slots(num_layers: int, length: int, reserve: int, *, config: EvictionC
     """
     kept = kept_bound(num_layers, length, config=config, num_vision=num_vision)
     growth = growth_bound(num_layers, length, reserve, config=config, num_vision=num_vision)
-    return round_slots(kept + growth + 1)
+    return round_slots(window_slots(config.kv_dtype, num_layers) + kept + growth + 1)
 
 
 def round_slots(slots: int) -> int:
@@ -53,10 +54,13 @@ def select_candidates(
     """Packs the candidates that a later turn with new vision keeps; the arguments are those of `CompactCache.reselect`."""
     kept, rate, lengths = decided.kept, decided.keep_rate, decided.lengths
     capacity = segment_capacity(kept, rate, lengths, reserve, config=config)
-    start = capacity.cumsum(1) - capacity
-    arena = new_arena(*kv[0], round_slots(int(capacity.sum(1).max()) + 1), config.kv_dtype)
+    before = window_slots(config.kv_dtype, len(kv))
+    start = before + capacity.cumsum(1) - capacity
+    arena = new_arena(*kv[0], round_slots(before + int(capacity.sum(1).max()) + 1), config.kv_dtype)
     for layer, ((key, value), choice) in enumerate(zip(kv, choices, strict=True)):
         evict_into(arena, key, value, choice.keep, choice.positions, start[:, layer], config.kv_dtype)
+        if has_window(config.kv_dtype):
+            open_window(arena, key, value, choice.positions, lengths, layer=layer)
     return CompactState(
         *arena,
         segment_start=start,
@@ -324,8 +328,16 @@ class CompactCache:
         kept = torch.where(positions < far, positions, -1)
         index = order[:, None, :, None].expand(-1, state.key_arena.shape[1], -1, state.key_arena.shape[3])
         arenas = zip((state.key_arena, state.value_arena), self.forms, strict=True)
-        key, value = (from_rows(arena.gather(2, index), form, keys=arena is state.key_arena) for arena, form in arenas)
+        key, value = (self._read(layer, arena, index, kept, form) for arena, form in arenas)
         return Survivors(key, value, kept)
+
+    def _read(self, layer: int, arena: Tensor, index: Tensor, positions: Tensor, form: RowForm) -> Tensor:
+        """Keys or values of a layer in the model's dtype: the slots `index`, which hold `positions [B, W]`."""
+        keys = arena is self.state.key_arena
+        values = from_rows(arena.gather(2, index), form, keys=keys)
+        if not has_window(form.kv_dtype):
+            return values
+        return read_window(values, arena, self.state.slot_position, positions, form, layer=layer, keys=keys)
 
     def _suffix_sizes(self) -> Tensor:
         """`P_l`, int64 `[B, L]`: the size of the protected suffix does not change while decoding."""
@@ -345,12 +357,16 @@ class CompactCache:
     def _relayout(self, capacity: Tensor) -> None:
         """Moves all entries into a new arena with the given segment capacities `[B, L]`, slots in position order."""
         old = self.state
-        slots = round_slots(int(capacity.sum(1).max()) + 1)
-        start = capacity.cumsum(1) - capacity
+        before = window_slots(self.config.kv_dtype, capacity.shape[1])
+        slots = round_slots(before + int(capacity.sum(1).max()) + 1)
+        start = before + capacity.cumsum(1) - capacity
         batch, heads = old.key_arena.shape[:2]
         key = old.key_arena.new_zeros((batch, heads, slots, old.key_arena.shape[3]))
         value = torch.zeros_like(key, dtype=old.value_arena.dtype)
         position = torch.full((batch, slots), -1, dtype=old.slot_position.dtype, device=key.device)
+        key[:, :, :before] = old.key_arena[:, :, :before]
+        value[:, :, :before] = old.value_arena[:, :, :before]
+        position[:, :before] = old.slot_position[:, :before]
         entries = _entries(old)
         length = entries.sum(2)
         for sample in range(batch):

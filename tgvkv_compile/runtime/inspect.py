@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tgvkv_compile.config import name_of
 from tgvkv_compile.errors import CacheError
+from tgvkv_compile.ops.cache.window import window_slots
 from tgvkv_compile.runtime.compact import CompactCache, kept_positions
 from tgvkv_compile.runtime.logical import LogicalKV
 
@@ -28,6 +29,7 @@ class CacheReport:
         key_bytes: The part that holds keys, scales left out. What is left of it is the entries' positions, 4 bytes each.
         value_bytes: The part that holds values, scales left out.
         scale_bytes: The part that holds the scales of quantised keys and values.
+        window_bytes: The part that holds the newest tokens once more, in eight bits (`kv_dtype="int4"`).
         kv_dtype: How keys and values are held, as in `tgvkv_backend`; None: in the model's own dtype.
         ranking: Which tokens stayed: the name of the policy, of a function its own; None: nothing was evicted.
         budgeting: How layers shared the budget, likewise.
@@ -43,6 +45,7 @@ class CacheReport:
     key_bytes: int
     value_bytes: int
     scale_bytes: int = 0
+    window_bytes: int = 0
     kv_dtype: str | None = None
     ranking: str | None = None
     budgeting: str | None = None
@@ -126,6 +129,7 @@ def inspect_cache(cache: Any) -> CacheReport:
     heads, num_layers = arena.shape[1], state.segment_start.shape[1]
     slots, held = arena.shape[0] * arena.shape[2], int(state.segment_len.sum())
     entry = heads * forms.bytes + positions.element_size()
+    window = arena.shape[0] * window_slots(compact.config.kv_dtype, num_layers) * entry
     return CacheReport(
         compressed=True,
         num_layers=num_layers,
@@ -133,10 +137,11 @@ def inspect_cache(cache: Any) -> CacheReport:
         logical_length=compact.logical_length,
         physical_bytes=slots * entry,
         logical_bytes=compact.batch * num_layers * compact.logical_length * heads * forms.unquantised_bytes,
-        reserve_bytes=(slots - held) * entry,
+        reserve_bytes=(slots - held) * entry - window,
         key_bytes=held * heads * forms.key.code_bytes,
         value_bytes=held * heads * forms.value.code_bytes,
         scale_bytes=held * heads * (forms.key.scale_bytes + forms.value.scale_bytes),
+        window_bytes=window,
         kv_dtype=compact.config.kv_dtype,
         ranking=name_of(compact.config.ranking),
         budgeting=name_of(compact.config.budgeting),

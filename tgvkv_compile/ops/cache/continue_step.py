@@ -28,7 +28,7 @@ def _continue_step(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Non
     # The first new token fills the slot that was evicted last, the others go behind the segment's end.
     slot = torch.where(rank == 0, state.next_slot[:, layer, None], start[:, None] + length[:, None] + rank)
     slot = torch.where(valid, slot, state.slot_position.shape[1] - 1)
-    new = NewTokens(key, value, torch.where(valid, lengths[:, None] + rank, -1), slot, *held)
+    new = NewTokens(key, value, torch.where(valid, lengths[:, None] + rank, -1), slot, layer, *held)
     append(state, new)
 
     grown = length + valid.sum(1)

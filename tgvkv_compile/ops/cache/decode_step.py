@@ -30,7 +30,7 @@ def append_and_attend(
     Returns:
         `(output [B, H, 1, D], head-mean attention float32 [B, W], positions int64 [B, W])`, of the segment's `W` entries.
     """
-    new = NewTokens(key, value, state.lengths[:, None], state.next_slot[:, layer, None], kv_dtype)
+    new = NewTokens(key, value, state.lengths[:, None], state.next_slot[:, layer, None], layer, kv_dtype)
     append(state, new)
     seen = attend_segment(query, state, state.segment_start[:, layer], state.segment_len[:, layer] + 1, scale, new)
     return seen.output, seen.attention[:, 0], seen.positions
@@ -92,8 +92,8 @@ library.impl("tgvkv::decode_step", "default", _decode_step)
 
 def _decode_step_on_cpu(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
     """A kernel in C++; the plain functions for what it is not made for, and without a compiler."""
-    compact, (layer, scale, decode, sink_tokens, *_) = read_state(rest)
-    kernel = cpu_decode.kernel_for(query, key, value, compact)
+    compact, (layer, scale, decode, sink_tokens, *held) = read_state(rest)
+    kernel = cpu_decode.kernel_for(query, key, value, compact, *held)
     if kernel is None:
         return _decode_step(query, key, value, *rest)
     return cpu_decode.decode_step_by(kernel, query, key, value, compact, layer, scale, decode, sink_tokens)

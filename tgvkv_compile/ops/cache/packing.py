@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tgvkv_compile.config import EvictionConfig, KVDtype
 from tgvkv_compile.ops.cache.rows import KVForms, to_rows
+from tgvkv_compile.ops.cache.window import newest, write_window
 from tgvkv_compile.ops.eviction.budgeting import Allocation, allocate, segment_capacity
 from tgvkv_compile.ops.token_types import TokenTypes, vision_count
 
@@ -74,7 +75,9 @@ def new_arena(key: Tensor, value: Tensor, slots: int | torch.SymInt, kv_dtype: K
     )
 
 
-def fitting_reserve(allocation: Allocation, lengths: Tensor, arena: Arena, reserve: int, **options: Any) -> Tensor:
+def fitting_reserve(
+    allocation: Allocation, lengths: Tensor, arena: Arena, reserve: int, *, before: int = 0, **options: Any
+) -> Tensor:
     """How many decode steps every segment of every sample can be given room for.
 
     That is `reserve`, by the bound that sized the arena; but samples much shorter than their batch may be owed more
@@ -85,13 +88,14 @@ def fitting_reserve(allocation: Allocation, lengths: Tensor, arena: Arena, reser
         lengths: int64 `[B]`, valid tokens.
         arena: The empty arena.
         reserve: Decode steps asked for.
+        before: Slots before the first segment.
         **options: The fields of `EvictionConfig`.
 
     Returns:
         int64 `[]`.
     """
     config = EvictionConfig(**options)
-    slots = arena.key.shape[2] - 1
+    slots = arena.key.shape[2] - before - 1
     room = torch.zeros((), dtype=torch.int64, device=lengths.device)
     steps = reserve
     while steps > 0:
@@ -102,13 +106,14 @@ def fitting_reserve(allocation: Allocation, lengths: Tensor, arena: Arena, reser
     return room
 
 
-def segment_starts(allocation: Allocation, lengths: Tensor, room: Tensor, **options: Any) -> Tensor:
+def segment_starts(allocation: Allocation, lengths: Tensor, room: Tensor, *, before: int = 0, **options: Any) -> Tensor:
     """First slot of each layer, so that `room` decode steps find a slot in every segment.
 
     Args:
         allocation: What each layer keeps, `[B, L]`.
         lengths: int64 `[B]`, valid tokens.
         room: int64 `[]`, of `fitting_reserve`.
+        before: Slots before the first segment.
         **options: The fields of `EvictionConfig`.
 
     Returns:
@@ -117,7 +122,7 @@ def segment_starts(allocation: Allocation, lengths: Tensor, room: Tensor, **opti
     config = EvictionConfig(**options)
     steps = room.expand(lengths.shape[0])
     capacity = segment_capacity(allocation.kept, allocation.rate, lengths, steps, config=config)
-    return capacity.cumsum(1) - capacity
+    return before + capacity.cumsum(1) - capacity
 
 
 def evict_into(
@@ -149,6 +154,20 @@ def evict_into(
         rows = to_rows(tensor, kv_dtype, keys=tensor is key)
         part.scatter_(2, slot[:, None, :, None].expand(rows.shape), rows)
     arena.slot_position.scatter_(1, slot, written)
+
+
+def open_window(arena: Arena, key: Tensor, value: Tensor, positions: Tensor, lengths: Tensor, *, layer: int) -> None:
+    """Writes a layer's newest tokens into its window (see `ops.cache.window`), kept or not; the arena is updated in place.
+
+    Args:
+        arena: In `"int4"`.
+        key: `[B, Hkv, N, D]`.
+        value: `[B, Hkv, N, D]`.
+        positions: int64 `[B, N]`, -1 at padding.
+        lengths: int64 `[B]`, tokens so far.
+        layer: Whose window.
+    """
+    write_window(arena, *newest(key, value, positions, lengths), layer=layer)
 
 
 class Bookkeeping(NamedTuple):

@@ -7,8 +7,8 @@ KIVI (arXiv 2402.02750) and KVQuant (arXiv 2401.18079) therefore give keys scale
 keys and queries are [`rotated`][], which spreads such channels over all of them and leaves their products as they are (QuaRot,
 arXiv 2404.00456). Values are not rotated.
 
-In four bits the newest tokens lose most: they are what the next token looks at. A window of the newest 16 in `"int8"`, as KIVI
-keeps one whole, was measured to help and is not built; a step sees its own tokens as they are.
+In four bits the newest tokens lose most: they are what the next token looks at. Caches in `"int4"` hold these in `"int8"` too
+(`ops.cache.window`), and a step sees its own tokens as they are.
 
 | `kv_dtype` | codes | `zero` | bytes of 64 channels |
 | --- | --- | --- | --- |
@@ -20,15 +20,15 @@ What was measured, and what was not chosen: `docs/quantised-cache.md`.
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from tgvkv_compile.config import KVDtype
 from tgvkv_compile.errors import ConfigError
 from tgvkv_compile.ops.attention.probabilities import exact_matmul
 
-CodeDtype = Literal["int8", "int4", "float8_e4m3fn"]
 PARAMETERS = torch.float16
 """Dtype of scales and zero points. With bfloat16's 8 bits the ends of a vector would be clipped by up to half a step of 255."""
 _LARGEST_CODE = {"int8": 255.0, "int4": 15.0, "float8_e4m3fn": 448.0}
@@ -47,7 +47,7 @@ class Quantised(NamedTuple):
     scales: Tensor
 
 
-def quantise(values: Tensor, kv_dtype: CodeDtype) -> Quantised:
+def quantise(values: Tensor, kv_dtype: KVDtype) -> Quantised:
     """Vectors to codes, nearest, ties to even; all arithmetic in float32.
 
     `|x - dequantise(quantise(x))|` is at most `scale / 2`, and what rounding `scale` and `zero` to float16 clips at a vector's
@@ -83,7 +83,7 @@ def quantise(values: Tensor, kv_dtype: CodeDtype) -> Quantised:
     return Quantised(_pack(codes) if kv_dtype == "int4" else codes, scales)
 
 
-def dequantise(quantised: Quantised, kv_dtype: CodeDtype, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantise(quantised: Quantised, kv_dtype: KVDtype, dtype: torch.dtype = torch.float32) -> Tensor:
     """Codes to vectors `[..., D]`: `code * scale + zero` in float32, then rounded to `dtype`.
 
     Args:
@@ -96,7 +96,7 @@ def dequantise(quantised: Quantised, kv_dtype: CodeDtype, dtype: torch.dtype = t
     return (codes.to(torch.float32) * scale + zero).to(dtype)
 
 
-def bytes_per_entry(kv_dtype: CodeDtype | None, head_dim: int, dtype: torch.dtype) -> int:
+def bytes_per_entry(kv_dtype: KVDtype | None, head_dim: int, dtype: torch.dtype) -> int:
     """Bytes of one token's key, or of its value, in one KV head: codes, scale and zero point.
 
     Args:
@@ -130,7 +130,7 @@ def rotated(values: Tensor) -> Tensor:
     return exact_matmul(blocks, matrix).flatten(-2)
 
 
-def _check(kv_dtype: CodeDtype, head_dim: int) -> None:
+def _check(kv_dtype: KVDtype, head_dim: int) -> None:
     if kv_dtype == "int4" and head_dim % 2:
         raise ConfigError(f"kv_dtype={kv_dtype!r} packs two channels into a byte, and head dim {head_dim} is odd; use 'int8'")
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from tgvkv_compile.config import KVDtype
 from tgvkv_compile.ops.attention.probabilities import attention_probabilities, exact_matmul, masked_softmax
 from tgvkv_compile.ops.cache.rows import RowForm, from_rows, to_rows
+from tgvkv_compile.ops.cache.window import has_window, read_window, write_window
 from tgvkv_compile.ops.state import CompactState
 
 
@@ -20,6 +21,7 @@ class NewTokens(NamedTuple):
         value: `[B, Hkv, Q, D]`.
         position: int64 `[B, Q]`, -1 for padding.
         slot: int64 `[B, Q]`, where they go; padding goes to the last one, which belongs to no segment.
+        layer: Whose segment it is.
         kv_dtype: How the arenas hold keys and values, see `EvictionConfig`.
     """
 
@@ -27,6 +29,7 @@ class NewTokens(NamedTuple):
     value: Tensor
     position: Tensor
     slot: Tensor
+    layer: int
     kv_dtype: KVDtype | None = None
 
 
@@ -38,6 +41,8 @@ def append(state: CompactState, new: NewTokens) -> None:
         # Under autocast a step's keys or values may have another dtype than the prompt's.
         arena[samples, :, new.slot] = rows.to(arena.dtype)
     state.slot_position[samples, new.slot] = new.position.to(state.slot_position.dtype)
+    if has_window(new.kv_dtype):
+        write_window(state[:3], new.key, new.value, new.position, layer=new.layer)
 
 
 class Attended(NamedTuple):
@@ -85,19 +90,33 @@ def attend_segment(
         visible = (positions >= 0)[:, None] if sees is None else sees(positions)
         index = _slots(start, width, width)[:, None, :, None].expand(-1, key_arena.shape[1], -1, key_arena.shape[3])
         column = new.slot - start[:, None]
-        key = _read(key_arena.gather(2, index), new.key, column, new.kv_dtype, keys=True)
-        value = _read(value_arena.gather(2, index), new.value, column, new.kv_dtype, keys=False)
+        key = _read(key_arena.gather(2, index), state, positions, new, column, keys=True)
+        value = _read(value_arena.gather(2, index), state, positions, new, column, keys=False)
         output, attention = attend(query, key, value, visible[:, None], scale)
         return Attended(output, attention, positions)
     return _attend_apart(query, state, start, used, scale, new, sees)
 
 
-def _read(rows: Tensor, new: Tensor, column: Tensor, kv_dtype: KVDtype | None, *, keys: bool) -> Tensor:
-    """Rows `[B, Hkv, W, R]` as keys or values `[B, Hkv, W, D]`; `new [B, Hkv, Q, D]`, in `column [B, Q]` of them, as it is."""
-    if kv_dtype is None:
+def _read(rows: Tensor, state: CompactState, positions: Tensor, new: NewTokens, column: Tensor, *, keys: bool) -> Tensor:
+    """Rows `[B, Hkv, W, R]` of a segment as keys or values `[B, Hkv, W, D]`.
+
+    Args:
+        rows: Of the key arena or the value arena.
+        state: Has the arenas.
+        positions: int64 `[B, W]`, of the entries, -1 where empty.
+        new: They are read as they are.
+        column: int64 `[B, Q]`, which of the entries are the new ones.
+        keys: Whether they are keys.
+    """
+    if new.kv_dtype is None:
         return rows
-    values = from_rows(rows, RowForm(kv_dtype, new.shape[3], torch.float32), keys=keys)
-    return values.scatter(2, column[:, None, :, None].expand(new.shape), new.to(torch.float32))
+    own = (new.key if keys else new.value).to(torch.float32)
+    form = RowForm(new.kv_dtype, own.shape[3], torch.float32)
+    values = from_rows(rows, form, keys=keys)
+    if has_window(new.kv_dtype):
+        arena = state.key_arena if keys else state.value_arena
+        values = read_window(values, arena, state.slot_position, positions, form, layer=new.layer, keys=keys)
+    return values.scatter(2, column[:, None, :, None].expand(own.shape), own)
 
 
 def _attend_apart(
@@ -120,27 +139,29 @@ def _attend_apart(
     output = torch.empty_like(grouped)
     with torch.autocast(query.device.type, enabled=False):  # it would round both operands
         for sample, part in enumerate(slots):
-            key = _read_sample(state.key_arena, sample, part, new, keys=True)
+            key = _read_sample(state, sample, part, positions, new, keys=True)
             logits[sample, ..., : lengths[sample]] = torch.bmm(grouped[sample], key.transpose(1, 2))
         probabilities = masked_softmax(
             logits.view(batch, heads, queries, -1), None if sees is None else sees(positions)[:, None]
         )
         shares = probabilities.view(logits.shape)
         for sample, part in enumerate(slots):
-            value = _read_sample(state.value_arena, sample, part, new, keys=False)
+            value = _read_sample(state, sample, part, positions, new, keys=False)
             torch.bmm(shares[sample, ..., : lengths[sample]], value, out=output[sample])
     return Attended(output.view(query.shape).to(query.dtype), probabilities.mean(1), positions)
 
 
-def _read_sample(arena: Tensor, sample: int, part: slice, new: NewTokens, *, keys: bool) -> Tensor:
-    """One sample's keys or values of the slots `part`, float32 `[Hkv, W, D]`."""
-    rows = arena[sample, :, part]
+def _read_sample(state: CompactState, sample: int, part: slice, positions: Tensor, new: NewTokens, *, keys: bool) -> Tensor:
+    """One sample's keys or values of the slots `part`, which hold `positions [B, W]`; float32 `[Hkv, W, D]`."""
+    rows = (state.key_arena if keys else state.value_arena)[sample, :, part]
     if new.kv_dtype is None:
         return rows.to(torch.float32)
     column = new.slot[sample] - part.start
     inside = column < part.stop - part.start
-    tensor = (new.key if keys else new.value)[sample, None, :, inside]
-    return _read(rows[None], tensor, column[None, inside], new.kv_dtype, keys=keys)[0]
+    one = slice(sample, sample + 1)
+    mine = new._replace(key=new.key[one, :, inside], value=new.value[one, :, inside])
+    its = CompactState(*(tensor[one] for tensor in state))
+    return _read(rows[None], its, positions[one, : rows.shape[1]], mine, column[None, inside], keys=keys)[0]
 
 
 def segment_positions(slot_position: Tensor, start: Tensor, used: Tensor, width: int) -> Tensor:

@@ -9,6 +9,7 @@ from tgvkv_compile.fx.insert import insert_call, insert_item, insert_placeholder
 from tgvkv_compile.fx.meta import BEGINS, output_nodes
 from tgvkv_compile.ops.cache import packing
 from tgvkv_compile.ops.cache.later_turns import vision_history
+from tgvkv_compile.ops.cache.window import has_window, window_slots
 from tgvkv_compile.ops.eviction.selection import select_tokens
 from tgvkv_compile.ops.state import CompactState, Prefilled
 from tgvkv_compile.passes.cached import held_as
@@ -39,6 +40,7 @@ def insert_eviction(rewrite: Rewrite) -> None:
 
     Requires: `insert_budgeting` ran. Ensures: no output holds KV of the full length; the outputs keep their places,
     with None where KV was, followed by the tensors of `CompactState` and of `Prefilled`.
+    Where caches have windows (`kv_dtype="int4"`), `open_window` follows each `evict_into`, and segments begin behind them.
     Where `insert_capping` capped, what it left is in the place of each layer's KV, scores and token types.
     """
     gm, plan, config = rewrite.gm, rewrite.plan, rewrite.config
@@ -48,6 +50,8 @@ def insert_eviction(rewrite: Rewrite) -> None:
     outputs = output_nodes(gm)
     options = config.constants()
     held = held_as(config)
+    before = window_slots(config.kv_dtype, plan.num_layers)
+    room_before = {"before": before} if before else {}
     slots = insert_placeholder(gm, "tgvkv_slots", rewrite.environment.symbol("tgvkv_slots", sizes.slots))
     with gm.graph.inserting_before(gm.graph.output_node()):
         call = _Caller(gm)
@@ -57,8 +61,8 @@ def insert_eviction(rewrite: Rewrite) -> None:
         lengths = call.item(scores.token_types, "lengths", "tgvkv_lengths")
         arena = call(packing.new_arena, chosen[0].key, chosen[0].value, slots, name="tgvkv_arena", **held)
         shared = (budgets.allocation, lengths)
-        room = call(packing.fitting_reserve, *shared, arena, sizes.reserve, name="tgvkv_room", **options)
-        starts = call(packing.segment_starts, *shared, room, name="tgvkv_starts", **options)
+        room = call(packing.fitting_reserve, *shared, arena, sizes.reserve, name="tgvkv_room", **options, **room_before)
+        starts = call(packing.segment_starts, *shared, room, name="tgvkv_starts", **options, **room_before)
         counts = call.items(call(packing.by_layer, kept, name="tgvkv_counts"), plan.num_layers, "tgvkv_kept")
         first = call.items(call(packing.by_layer, starts, name="tgvkv_firsts"), plan.num_layers, "tgvkv_start")
         keeps: list[Node] = []
@@ -72,6 +76,9 @@ def insert_eviction(rewrite: Rewrite) -> None:
             kv = (candidates.key, candidates.value)
             where = (keep, positions, first[layer])
             pin(call(packing.evict_into, arena, *kv, *where, name=f"tgvkv_evict_{layer}", **held))
+            if has_window(config.kv_dtype):
+                newest = (*kv, positions, lengths)
+                pin(call(packing.open_window, arena, *newest, name=f"tgvkv_window_{layer}", layer=layer))
         token_types = tuple(candidates.token_types for candidates in chosen)
         opened = call(packing.open_segments, tuple(keeps), token_types, starts, name="tgvkv_state")
         opened.meta[BEGINS] = True

@@ -14,7 +14,7 @@ from tgvkv_compile.private import load_cpp
 
 log = logging.getLogger("tgvkv_compile")
 
-_SOURCES = ("lanes.h", "decode.cpp", "weigh.cpp")
+_SOURCES = ("lanes.h", "codes.h", "decode.cpp", "quantised.cpp", "weigh.cpp")
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 

@@ -38,17 +38,43 @@ inline void softmax(float* row, int64_t count) {
     }
 }
 
-// `BLOCKS` vectors of the sum of `count` rows, each times its share.
+// `BLOCKS` vectors of the sum of `count` rows, each times its share, are added to the totals.
 template <int64_t BLOCKS, typename T>
-inline void sum_rows(const float* shares, const T* rows, int64_t count, int64_t dim, T* output) {
-    Vector sums[BLOCKS] = {};
+inline void add_rows(const float* shares, const T* rows, int64_t count, int64_t dim, float* totals) {
+    Vector sums[BLOCKS];
+    for (int64_t block = 0; block < BLOCKS; ++block) sums[block] = read_lanes(totals + block * LANES);
     for (int64_t slot = 0; slot < count; ++slot) {
         for (int64_t block = 0; block < BLOCKS; ++block) {
             sums[block] += shares[slot] * read_lanes(rows + slot * dim + block * LANES);
         }
     }
-    for (int64_t block = 0; block < BLOCKS; ++block) {
-        for (int64_t lane = 0; lane < LANES; ++lane) write(sums[block][lane], output + block * LANES + lane);
+    std::memcpy(totals, sums, sizeof sums);
+}
+
+// The logits of the queries of a group over `count` rows: `logits` has a row of `width` for each.
+template <typename T>
+inline void ask(const float* queries, int64_t group, const T* rows, int64_t count, int64_t dim, float* logits, int64_t width) {
+    int64_t slot = 0;
+    for (; slot + 4 <= count; slot += 4) {
+        for (int64_t one = 0; one < group; ++one) dots<4>(queries + one * dim, rows + slot * dim, dim, logits + one * width + slot);
+    }
+    for (; slot < count; ++slot) {
+        for (int64_t one = 0; one < group; ++one) dots<1>(queries + one * dim, rows + slot * dim, dim, logits + one * width + slot);
+    }
+}
+
+// The other way: what `count` rows add to the outputs `[group, dim]`.
+template <typename T>
+inline void answer(const float* shares, int64_t group, const T* rows, int64_t count, int64_t dim, float* totals, int64_t width) {
+    for (int64_t one = 0; one < group; ++one) {
+        const float* of_one = shares + one * width;
+        float* total = totals + one * dim;
+        int64_t part = 0;
+        for (; part + 4 * LANES <= dim; part += 4 * LANES) add_rows<4>(of_one, rows + part, count, dim, total + part);
+        for (; part + LANES <= dim; part += LANES) add_rows<1>(of_one, rows + part, count, dim, total + part);
+        for (; part < dim; ++part) {
+            for (int64_t slot = 0; slot < count; ++slot) total[part] += of_one[slot] * read(rows + slot * dim + part);
+        }
     }
 }
 
@@ -73,6 +99,25 @@ extern "C" struct Step {
 
 namespace {
 
+// The scaled queries `[group, dim]` of a key/value head.
+template <typename T>
+std::vector<float> read_queries(const Step& step, int64_t sample, int64_t kv_head) {
+    const int64_t dim = step.dim, group = step.heads / step.kv_heads;
+    std::vector<float> queries(group * dim);
+    for (int64_t one = 0; one < group; ++one) {
+        const T* from = static_cast<const T*>(step.query) + sample * step.query_sample + (kv_head * group + one) * step.query_head;
+        read_scaled(from, dim, step.scale, &queries[one * dim]);
+    }
+    return queries;
+}
+
+template <typename T>
+void write_outputs(const Step& step, int64_t sample, int64_t kv_head, const std::vector<float>& totals) {
+    const int64_t group = step.heads / step.kv_heads;
+    T* output = static_cast<T*>(step.output) + (sample * step.heads + kv_head * group) * step.dim;
+    for (size_t at = 0; at < totals.size(); ++at) write(totals[at], output + at);
+}
+
 template <typename T>
 void attend(const Step& step, int64_t sample, int64_t kv_head, float* probabilities, int64_t width) {
     const int64_t dim = step.dim, group = step.heads / step.kv_heads;
@@ -84,34 +129,13 @@ void attend(const Step& step, int64_t sample, int64_t kv_head, float* probabilit
     const T* value = static_cast<const T*>(step.value) + sample * step.value_sample + kv_head * step.value_head;
     std::copy(key, key + dim, arena_keys + step.next_slot[at] * dim);
     std::copy(value, value + dim, arena_values + step.next_slot[at] * dim);
-    const T* keys = arena_keys + step.segment_start[at] * dim;
-    const T* values = arena_values + step.segment_start[at] * dim;
-    std::vector<float> query(group * dim);
-    for (int64_t one = 0; one < group; ++one) {
-        const T* from = static_cast<const T*>(step.query) + sample * step.query_sample + (kv_head * group + one) * step.query_head;
-        read_scaled(from, dim, step.scale, &query[one * dim]);
-    }
+    const std::vector<float> queries = read_queries<T>(step, sample, kv_head);
     float* shares = probabilities + (sample * step.heads + kv_head * group) * width;
-    T* output = static_cast<T*>(step.output) + (sample * step.heads + kv_head * group) * dim;
-    int64_t slot = 0;
-    for (; slot + 4 <= used; slot += 4) {
-        for (int64_t one = 0; one < group; ++one) dots<4>(&query[one * dim], keys + slot * dim, dim, shares + one * width + slot);
-    }
-    for (; slot < used; ++slot) {
-        for (int64_t one = 0; one < group; ++one) dots<1>(&query[one * dim], keys + slot * dim, dim, shares + one * width + slot);
-    }
+    ask(queries.data(), group, arena_keys + step.segment_start[at] * dim, used, dim, shares, width);
     for (int64_t one = 0; one < group; ++one) softmax(shares + one * width, used);
-    for (int64_t one = 0; one < group; ++one) {
-        const float* of_one = shares + one * width;
-        int64_t part = 0;
-        for (; part + 4 * LANES <= dim; part += 4 * LANES) sum_rows<4>(of_one, values + part, used, dim, output + one * dim + part);
-        for (; part + LANES <= dim; part += LANES) sum_rows<1>(of_one, values + part, used, dim, output + one * dim + part);
-        for (; part < dim; ++part) {
-            float total = 0.0f;
-            for (int64_t at = 0; at < used; ++at) total += of_one[at] * read(values + at * dim + part);
-            write(total, output + one * dim + part);
-        }
-    }
+    std::vector<float> totals(group * dim);
+    answer(shares, group, arena_values + step.segment_start[at] * dim, used, dim, totals.data(), width);
+    write_outputs<T>(step, sample, kv_head, totals);
 }
 
 void evict(const Step& step, int64_t sample, float* probabilities, int64_t width) {
@@ -147,8 +171,9 @@ void evict(const Step& step, int64_t sample, float* probabilities, int64_t width
     if (evicted >= 0) positions[evicted] = -1;
 }
 
-template <typename T>
-void run(const Step& step) {
+// `attend` is called for each sample and key/value head, with a row of `width` for each head's attention.
+template <typename Attend>
+void run(const Step& step, Attend attend) {
     int64_t width = 1, entries = 0;
     for (int64_t sample = 0; sample < step.batch; ++sample) {
         const int64_t used = step.segment_len[sample * step.layers + step.layer] + 1;
@@ -164,13 +189,13 @@ void run(const Step& step) {
     const int threads = static_cast<int>(large ? std::min(step.threads, tasks) : 1);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t task = 0; task < tasks; ++task) {
-        attend<T>(step, task / step.kv_heads, task % step.kv_heads, probabilities, width);
+        attend(step, task / step.kv_heads, task % step.kv_heads, probabilities, width);
     }
     for (int64_t sample = 0; sample < step.batch; ++sample) evict(step, sample, probabilities, width);
 }
 
 }  // namespace
 
-extern "C" void step_float32(const Step* step) { run<float>(*step); }
+extern "C" void step_float32(const Step* step) { run(*step, attend<float>); }
 
-extern "C" void step_bfloat16(const Step* step) { run<Bfloat16>(*step); }
+extern "C" void step_bfloat16(const Step* step) { run(*step, attend<Bfloat16>); }

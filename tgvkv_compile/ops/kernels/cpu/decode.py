@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tgvkv_compile.config import KVDtype
 from tgvkv_compile.ops.kernels import DECODE_MODES
 from tgvkv_compile.ops.kernels.cpu.compiled import kernel, record
 from tgvkv_compile.ops.state import CompactState
@@ -27,16 +28,27 @@ _Step = record(_SIZES, _POINTERS)
 """`struct Step` of the source."""
 
 
-def kernel_for(query: Tensor, key: Tensor, value: Tensor, state: CompactState) -> Callable[..., None] | None:
-    """The kernel, if there is one for these tensors: all of one dtype, and laid out as rewritten graphs lay them out."""
+def kernel_for(
+    query: Tensor, key: Tensor, value: Tensor, state: CompactState, kv_dtype: KVDtype | None = None
+) -> Callable[..., None] | None:
+    """The kernel, if there is one for these tensors: all of one dtype, and laid out as rewritten graphs lay them out.
+
+    Args:
+        query: As of `decode_step`, and so are the others.
+        key: As there.
+        value: As there.
+        state: As there.
+        kv_dtype: As there; for quantised arenas the others are of one dtype.
+    """
     arenas = (state.key_arena, state.value_arena)
-    if any(tensor.dtype != query.dtype for tensor in (key, value, *arenas)):
+    alike = (key, value, *arenas) if kv_dtype is None else (key, value)
+    if any(tensor.dtype != query.dtype for tensor in alike):
         return None
     rows = all(tensor.stride(3) == 1 for tensor in (query, key, value, *arenas))
     slots = all(arena.stride(2) == arena.shape[3] for arena in arenas)
     if not rows or not slots or not all(tensor.is_contiguous() for tensor in state[2:]):
         return None
-    return kernel("step", query.dtype)
+    return kernel("step" if kv_dtype is None else f"step_{kv_dtype}", query.dtype)
 
 
 def decode_step_by(
