@@ -13,8 +13,8 @@ from tgvkv_compile.errors import ConfigError
 SHAPE = Shape(layers=2, heads=2, kv_heads=2, head_dim=16)
 TOKEN = {None: 2 * 2 * 2 * 16 * 4, "int8": 2 * 2 * 2 * (16 + 4), "int4": 2 * 2 * 2 * (8 + 4)}
 """Bytes of a token in both layers."""
-WINDOW = 32 * TOKEN["int4"]
-"""What the newest tokens take once more in int4."""
+WINDOW = 4 * TOKEN["int4"]
+"""What two of the newest tokens take once more in int4: one for each 16 of 40."""
 
 
 def held(**options: Any) -> Any:

@@ -51,12 +51,15 @@ def test_a_later_turn_with_a_picture(kv_dtype: Any) -> None:
     assert_same_run(second_turn(model, trace.cache, trace.mask, question, 2), expected)
 
 
-@pytest.mark.parametrize("kv_dtype", DTYPES)
-def test_copies_crops_and_growth(kv_dtype: Any) -> None:
-    """What moves slots about knows nothing of codes, nor of windows: they are in slots."""
-    config = EvictionConfig(0.4, kv_dtype=kv_dtype)
-    talk = Conversation(compiled(kv_dtype=kv_dtype, growth_reserve=2), make_model(SHAPE), config)
-    talk.say(make_inputs(((5, 9),))).steps(3)
+@pytest.mark.parametrize(("kv_dtype", "budget"), [*((kv_dtype, 0.4) for kv_dtype in DTYPES), ("int4", 1.0)])
+def test_copies_crops_and_growth(kv_dtype: Any, budget: float) -> None:
+    """What moves slots about knows nothing of codes, nor of windows: they are in slots.
+
+    At the larger budget a window has four entries.
+    """
+    config = EvictionConfig(budget, kv_dtype=kv_dtype)
+    talk = Conversation(compiled(budget=budget, kv_dtype=kv_dtype, growth_reserve=2), make_model(SHAPE), config)
+    talk.say(make_inputs(((5, 9),) if budget < 1 else ((20, 40),))).steps(3)
     other = talk.copy()
     talk.steps(12)
     other.crop(other.mask.shape[1] - 2).say({"input_ids": torch.tensor([[7, 8, 9]])}).steps(4)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tgvkv_compile.config import KVDtype
 from tgvkv_compile.ops.cache.rows import RowForm, from_rows, to_rows
-from tgvkv_compile.ops.cache.window import WINDOW, has_window, read_window, window_slots, write_window
+from tgvkv_compile.ops.cache.window import has_window, read_window, sizes_of, write_window
 from tgvkv_compile.ops.state import CompactState
 
 
@@ -66,16 +66,17 @@ class StepCase:
         one = slice(sample, sample + 1)
         read = from_rows(arena[one, :, part], form, keys=keys)
         if has_window(self.kv_dtype):
-            # The new token takes the entry of the one so many positions before it.
-            there = torch.where(positions == self.state.lengths[sample] - WINDOW, -1, positions)[None]
-            read = read_window(read, arena[one], self.state.slot_position[one], there, form, layer=self.layer, keys=keys)
+            # The new token takes the entry of the one that is there.
+            size = sizes_of(self.state.segment_start)[one]
+            there = torch.where(positions % size == self.state.lengths[sample] % size, -1, positions[None])
+            read = read_window(read, arena[one], self.state.slot_position[one], there, form, size, layer=self.layer, keys=keys)
         return read[0]
 
 
-def quantised(case: StepCase, kv_dtype: KVDtype) -> StepCase:
-    """The same step on arenas of codes, with windows where these have some."""
+def quantised(case: StepCase, kv_dtype: KVDtype, entries: int = 16) -> StepCase:
+    """The same step on arenas of codes, with windows of so many entries where these have some."""
     state, layers = case.state, case.state.segment_start.shape[1]
-    before = window_slots(kv_dtype, layers)
+    before = 2 * layers * entries if has_window(kv_dtype) else 0
     arenas = [
         torch.nn.functional.pad(to_rows(arena, kv_dtype, keys=arena is state.key_arena), (0, 0, before, 0)).contiguous()
         for arena in state[:2]
@@ -94,7 +95,8 @@ def quantised(case: StepCase, kv_dtype: KVDtype) -> StepCase:
         used = torch.arange(width) <= state.segment_len[:, layer, None]
         index = slots[:, None, :, None]
         key, value = (arena.gather(2, index.expand(-1, arena.shape[1], -1, arena.shape[3])) for arena in state[:2])
-        write_window(moved[:3], key, value, torch.where(used, state.slot_position.gather(1, slots).long(), -1), layer=layer)
+        position = torch.where(used, state.slot_position.gather(1, slots).long(), -1)
+        write_window(moved[:3], key, value, position, sizes_of(moved.segment_start), layer=layer)
     return dataclasses.replace(case, state=moved, kv_dtype=kv_dtype)
 
 

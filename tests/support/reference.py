@@ -65,6 +65,7 @@ class Session:
         self._visible: dict[int, Tensor] = {}
         self._evicted: list[int] = []  # the model's layers that the oracles' layers are
         self._written: list[int] = []  # per sample, the most tokens that there ever were: newer ones take the window
+        self._window = 0  # its size
         self._reselects = False
         self.calls = 0
         self.dense = False
@@ -121,6 +122,9 @@ class Session:
             self._decode()
         elif not self.dense:
             self._turn(torch.isin(tokens, self._image_token))
+        if first or self._reselects:
+            most = max((sum(map(len, oracle.kept)) for oracle in self._oracles), default=0)
+            self._window = min(16, max(1, most // (16 * max(1, len(self._evicted)))))
         self.calls += 1
 
     @property
@@ -166,7 +170,7 @@ class Session:
         read = as_held(past, kind, keys=keys)
         if kind == "int4":
             position = positions_of(self._valid)[:, : past.shape[2]]
-            newest = position >= torch.tensor(self._written)[:, None] - 16
+            newest = position >= torch.tensor(self._written)[:, None] - self._window
             read = torch.where(newest[:, None, :, None], as_held(past, "int8", keys=keys), read)
         read = read.to(whole.dtype)
         if self._reselects:

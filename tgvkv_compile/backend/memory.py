@@ -9,7 +9,7 @@ from tgvkv_compile.backend.options import BackendOptions
 from tgvkv_compile.errors import ConfigError
 from tgvkv_compile.fx.meta import fake_tensor
 from tgvkv_compile.ops.cache.rows import KVForms
-from tgvkv_compile.ops.cache.window import window_slots
+from tgvkv_compile.ops.cache.window import has_window, window_bound
 from tgvkv_compile.plan import GraphPlan
 
 
@@ -33,13 +33,15 @@ def with_budget(options: BackendOptions, plan: GraphPlan) -> BackendOptions:
         return options
     heads = int(fake_tensor(plan.sites[0].key.node).shape[1])
     token = plan.num_layers * heads * forms_of(plan, options).bytes
-    window = window_slots(options.kv_dtype, 1) * token
-    tokens, least = max(0, int(options.memory) - window) // token, options.sink_tokens + 1
+    windows = has_window(options.kv_dtype)
+    room, least = int(options.memory) // token, options.sink_tokens + 1
+    tokens = next((n for n in range(room, 0, -1) if not windows or n + window_bound(n, 1) <= room), 0)
     if tokens < least:
+        needed = (least + (window_bound(least, 1) if windows else 0)) * token
         raise ConfigError(
             f"memory={options.memory} bytes hold {tokens} tokens of this model ({token} bytes each, in all {plan.num_layers} "
             f"layers), but the first {options.sink_tokens} and the newest are always kept; give at least "
-            f"{least * token + window} bytes"
+            f"{needed} bytes"
         )
     return dataclasses.replace(options, budget=tokens, memory=None)
 

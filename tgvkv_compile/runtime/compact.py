@@ -15,7 +15,7 @@ from tgvkv_compile.config import EvictionConfig
 from tgvkv_compile.errors import CacheError
 from tgvkv_compile.ops.cache.packing import evict_into, new_arena, open_window
 from tgvkv_compile.ops.cache.rows import KVForms, RowForm, from_rows
-from tgvkv_compile.ops.cache.window import has_window, read_window, window_slots
+from tgvkv_compile.ops.cache.window import has_window, read_window, sizes_of, slots_before, window_bound
 from tgvkv_compile.ops.eviction.budgeting import growth_bound, kept_bound, segment_capacity
 from tgvkv_compile.ops.state import Choice, CompactState, Reselected, Survivors
 
@@ -36,7 +36,8 @@ def arena_slots(num_layers: int, length: int, reserve: int, *, config: EvictionC
     """
     kept = kept_bound(num_layers, length, config=config, num_vision=num_vision)
     growth = growth_bound(num_layers, length, reserve, config=config, num_vision=num_vision)
-    return round_slots(window_slots(config.kv_dtype, num_layers) + kept + growth + 1)
+    before = window_bound(kept, num_layers) if has_window(config.kv_dtype) else 0
+    return round_slots(before + kept + growth + 1)
 
 
 def round_slots(slots: int) -> int:
@@ -54,13 +55,12 @@ def select_candidates(
     """Packs the candidates that a later turn with new vision keeps; the arguments are those of `CompactCache.reselect`."""
     kept, rate, lengths = decided.kept, decided.keep_rate, decided.lengths
     capacity = segment_capacity(kept, rate, lengths, reserve, config=config)
-    before = window_slots(config.kv_dtype, len(kv))
-    start = before + capacity.cumsum(1) - capacity
-    arena = new_arena(*kv[0], round_slots(before + int(capacity.sum(1).max()) + 1), config.kv_dtype)
+    start = slots_before(kept, config.kv_dtype) + capacity.cumsum(1) - capacity
+    arena = new_arena(*kv[0], round_slots(int((start[:, -1] + capacity[:, -1]).max()) + 1), config.kv_dtype)
     for layer, ((key, value), choice) in enumerate(zip(kv, choices, strict=True)):
         evict_into(arena, key, value, choice.keep, choice.positions, start[:, layer], config.kv_dtype)
         if has_window(config.kv_dtype):
-            open_window(arena, key, value, choice.positions, lengths, layer=layer)
+            open_window(arena, key, value, choice.positions, lengths, kept, layer=layer)
     return CompactState(
         *arena,
         segment_start=start,
@@ -337,7 +337,8 @@ class CompactCache:
         values = from_rows(arena.gather(2, index), form, keys=keys)
         if not has_window(form.kv_dtype):
             return values
-        return read_window(values, arena, self.state.slot_position, positions, form, layer=layer, keys=keys)
+        size = sizes_of(self.state.segment_start)
+        return read_window(values, arena, self.state.slot_position, positions, form, size, layer=layer, keys=keys)
 
     def _suffix_sizes(self) -> Tensor:
         """`P_l`, int64 `[B, L]`: the size of the protected suffix does not change while decoding."""
@@ -357,7 +358,7 @@ class CompactCache:
     def _relayout(self, capacity: Tensor) -> None:
         """Moves all entries into a new arena with the given segment capacities `[B, L]`, slots in position order."""
         old = self.state
-        before = window_slots(self.config.kv_dtype, capacity.shape[1])
+        before = int(old.segment_start[0, 0])
         slots = round_slots(before + int(capacity.sum(1).max()) + 1)
         start = before + capacity.cumsum(1) - capacity
         batch, heads = old.key_arena.shape[:2]

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from tgvkv_compile.config import name_of
 from tgvkv_compile.errors import CacheError
-from tgvkv_compile.ops.cache.window import window_slots
 from tgvkv_compile.runtime.compact import CompactCache, kept_positions
 from tgvkv_compile.runtime.logical import LogicalKV
 
@@ -129,7 +128,7 @@ def inspect_cache(cache: Any) -> CacheReport:
     heads, num_layers = arena.shape[1], state.segment_start.shape[1]
     slots, held = arena.shape[0] * arena.shape[2], int(state.segment_len.sum())
     entry = heads * forms.bytes + positions.element_size()
-    window = arena.shape[0] * window_slots(compact.config.kv_dtype, num_layers) * entry
+    window = arena.shape[0] * int(state.segment_start[0, 0]) * entry
     return CacheReport(
         compressed=True,
         num_layers=num_layers,

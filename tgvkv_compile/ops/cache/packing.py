@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tgvkv_compile.config import EvictionConfig, KVDtype
 from tgvkv_compile.ops.cache.rows import KVForms, to_rows
-from tgvkv_compile.ops.cache.window import newest, write_window
+from tgvkv_compile.ops.cache.window import newest, window_size, write_window
 from tgvkv_compile.ops.eviction.budgeting import Allocation, allocate, segment_capacity
 from tgvkv_compile.ops.token_types import TokenTypes, vision_count
 
@@ -76,7 +76,7 @@ def new_arena(key: Tensor, value: Tensor, slots: int | torch.SymInt, kv_dtype: K
 
 
 def fitting_reserve(
-    allocation: Allocation, lengths: Tensor, arena: Arena, reserve: int, *, before: int = 0, **options: Any
+    allocation: Allocation, lengths: Tensor, arena: Arena, reserve: int, *, before: Tensor | int = 0, **options: Any
 ) -> Tensor:
     """How many decode steps every segment of every sample can be given room for.
 
@@ -88,7 +88,7 @@ def fitting_reserve(
         lengths: int64 `[B]`, valid tokens.
         arena: The empty arena.
         reserve: Decode steps asked for.
-        before: Slots before the first segment.
+        before: Slots before the first segment, int64 `[]`.
         **options: The fields of `EvictionConfig`.
 
     Returns:
@@ -106,14 +106,16 @@ def fitting_reserve(
     return room
 
 
-def segment_starts(allocation: Allocation, lengths: Tensor, room: Tensor, *, before: int = 0, **options: Any) -> Tensor:
+def segment_starts(
+    allocation: Allocation, lengths: Tensor, room: Tensor, *, before: Tensor | int = 0, **options: Any
+) -> Tensor:
     """First slot of each layer, so that `room` decode steps find a slot in every segment.
 
     Args:
         allocation: What each layer keeps, `[B, L]`.
         lengths: int64 `[B]`, valid tokens.
         room: int64 `[]`, of `fitting_reserve`.
-        before: Slots before the first segment.
+        before: Slots before the first segment, int64 `[]`.
         **options: The fields of `EvictionConfig`.
 
     Returns:
@@ -156,7 +158,9 @@ def evict_into(
     arena.slot_position.scatter_(1, slot, written)
 
 
-def open_window(arena: Arena, key: Tensor, value: Tensor, positions: Tensor, lengths: Tensor, *, layer: int) -> None:
+def open_window(
+    arena: Arena, key: Tensor, value: Tensor, positions: Tensor, lengths: Tensor, kept: Tensor, *, layer: int
+) -> None:
     """Writes a layer's newest tokens into its window (see `ops.cache.window`), kept or not; the arena is updated in place.
 
     Args:
@@ -165,9 +169,10 @@ def open_window(arena: Arena, key: Tensor, value: Tensor, positions: Tensor, len
         value: `[B, Hkv, N, D]`.
         positions: int64 `[B, N]`, -1 at padding.
         lengths: int64 `[B]`, tokens so far.
+        kept: int64 `[B, L]`, tokens that each layer keeps.
         layer: Whose window.
     """
-    write_window(arena, *newest(key, value, positions, lengths), layer=layer)
+    write_window(arena, *newest(key, value, positions, lengths), window_size(kept), layer=layer)
 
 
 class Bookkeeping(NamedTuple):

@@ -9,7 +9,7 @@ from torch import Tensor
 from tgvkv_compile.config import KVDtype
 from tgvkv_compile.ops.attention.probabilities import attention_probabilities, exact_matmul, masked_softmax
 from tgvkv_compile.ops.cache.rows import RowForm, from_rows, to_rows
-from tgvkv_compile.ops.cache.window import has_window, read_window, write_window
+from tgvkv_compile.ops.cache.window import has_window, read_window, sizes_of, write_window
 from tgvkv_compile.ops.state import CompactState
 
 
@@ -42,7 +42,7 @@ def append(state: CompactState, new: NewTokens) -> None:
         arena[samples, :, new.slot] = rows.to(arena.dtype)
     state.slot_position[samples, new.slot] = new.position.to(state.slot_position.dtype)
     if has_window(new.kv_dtype):
-        write_window(state[:3], new.key, new.value, new.position, layer=new.layer)
+        write_window(state[:3], new.key, new.value, new.position, sizes_of(state.segment_start), layer=new.layer)
 
 
 class Attended(NamedTuple):
@@ -115,7 +115,8 @@ def _read(rows: Tensor, state: CompactState, positions: Tensor, new: NewTokens, 
     values = from_rows(rows, form, keys=keys)
     if has_window(new.kv_dtype):
         arena = state.key_arena if keys else state.value_arena
-        values = read_window(values, arena, state.slot_position, positions, form, layer=new.layer, keys=keys)
+        size = sizes_of(state.segment_start)
+        values = read_window(values, arena, state.slot_position, positions, form, size, layer=new.layer, keys=keys)
     return values.scatter(2, column[:, None, :, None].expand(own.shape), own)
 
 

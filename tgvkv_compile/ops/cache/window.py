@@ -1,9 +1,10 @@
 """The newest tokens of a cache in four bits, once more in eight: what the next token looks at most is read more exactly.
 
-KIVI (arXiv 2402.02750) keeps a window of the newest tokens whole. Here each layer has [`WINDOW`][] entries in `"int8"`, in the
-first slots of the arena, before all segments; a token at position `p` has entry `p % WINDOW` until the one at `p + WINDOW`
-takes it. An entry lies in two slots: `D + 4` of the `D + 8` bytes of two rows in four bits. `slot_position` of the first is
-the position of the token in it, and of the second -1. So what moves, copies or crops arenas moves, copies and crops windows.
+KIVI (arXiv 2402.02750) keeps a window of the newest tokens whole. Here each layer has `E` entries in `"int8"` (at most
+[`WINDOW`][]), in the first slots of the arena, before all segments; a token at position `p` has entry `p % E` until the one at
+`p + E` takes it. [`window_size`][] chooses `E` at prefill; later, where the first segment starts tells it. An entry lies in two
+slots: `D + 4` of the `D + 8` bytes of two rows in four bits. `slot_position` of the first is the position of the token in it,
+and of the second -1. So what moves, copies or crops arenas moves, copies and crops windows.
 
 The token has a row in its segment as well, so nothing happens when it leaves the window, and eviction knows nothing of it.
 """
@@ -17,9 +18,9 @@ from tgvkv_compile.config import KVDtype
 from tgvkv_compile.ops.cache.rows import RowForm, from_rows, to_rows
 
 WINDOW = 16
-"""Newest tokens that are held in eight bits as well."""
-_SLOTS = 2 * WINDOW
-"""Of a layer's window."""
+"""Most of the newest tokens that are held in eight bits as well."""
+_SHARE = 16
+"""Tokens that a layer keeps for each of them: a window takes an eighth of what its layer's segment does."""
 
 
 def has_window(kv_dtype: KVDtype | None) -> bool:
@@ -27,9 +28,28 @@ def has_window(kv_dtype: KVDtype | None) -> bool:
     return kv_dtype == "int4"
 
 
-def window_slots(kv_dtype: KVDtype | None, num_layers: int) -> int:
-    """Slots before the first segment."""
-    return num_layers * _SLOTS if has_window(kv_dtype) else 0
+def window_size(kept: Tensor) -> Tensor:
+    """Entries of each layer's window, int64 `[]`: one for so many tokens that a layer keeps on average, from 1 to `WINDOW`.
+
+    Args:
+        kept: int64 `[B, L]`, tokens that each layer keeps.
+    """
+    return (kept.sum(1).amax() // (_SHARE * kept.shape[1])).clamp(min=1, max=WINDOW)
+
+
+def window_bound(kept: int, num_layers: int) -> int:
+    """Most slots that come before the first segment where all layers together keep at most `kept` tokens of a sample."""
+    return 2 * num_layers * max(1, min(WINDOW, kept // (_SHARE * num_layers)))
+
+
+def slots_before(kept: Tensor, kv_dtype: KVDtype | None) -> Tensor:
+    """Where the first segment of a fresh arena starts, int64 `[]`; `kept` as of [`window_size`][]."""
+    return 2 * kept.shape[1] * window_size(kept) if has_window(kv_dtype) else kept.new_zeros(())
+
+
+def sizes_of(segment_start: Tensor) -> Tensor:
+    """Entries of a window by where segments start, int64 `[B, L]`: int64 `[B, 1]`."""
+    return segment_start[:, :1] // (2 * segment_start.shape[1])
 
 
 def newest(key: Tensor, value: Tensor, positions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,21 +72,22 @@ def newest(key: Tensor, value: Tensor, positions: Tensor, lengths: Tensor) -> tu
     return picked[0], picked[1], there
 
 
-def write_window(arenas: Sequence[Tensor], key: Tensor, value: Tensor, position: Tensor, *, layer: int) -> None:
-    """Puts tokens into a layer's window, in place: the newest of each sample, at most `WINDOW`.
+def write_window(arenas: Sequence[Tensor], key: Tensor, value: Tensor, position: Tensor, size: Tensor, *, layer: int) -> None:
+    """Puts tokens into a layer's window, in place: the newest of each sample, as many as there are entries.
 
     Args:
         arenas: Key arena and value arena `[B, Hkv, T, R]` in `"int4"`, `slot_position` int32 `[B, T]`.
         key: `[B, Hkv, Q, D]`.
         value: `[B, Hkv, Q, D]`.
         position: int64 `[B, Q]`, -1 where there is no token.
+        size: int64 `[]` or `[B, 1]`, entries of a window.
         layer: Whose window.
     """
     *parts, slot_position = arenas
     samples = torch.arange(position.shape[0], device=position.device)[:, None]
     last = slot_position.shape[1] - 1  # belongs to no segment
-    late = (position >= 0) & (position > position.amax(1, keepdim=True) - WINDOW)
-    slot = torch.where(late, layer * _SLOTS + 2 * (position % WINDOW), last)
+    late = (position >= 0) & (position > position.amax(1, keepdim=True) - size)
+    slot = torch.where(late, 2 * (layer * size + position % size), last)
     both = torch.stack([slot, torch.where(late, slot + 1, last)], dim=2).flatten(1)  # [B, 2 Q]
     for arena, values in zip(parts, (key, value), strict=True):
         rows = to_rows(values, "int8", keys=values is key)
@@ -76,7 +97,15 @@ def write_window(arenas: Sequence[Tensor], key: Tensor, value: Tensor, position:
 
 
 def read_window(
-    values: Tensor, arena: Tensor, slot_position: Tensor, positions: Tensor, form: RowForm, *, layer: int, keys: bool
+    values: Tensor,
+    arena: Tensor,
+    slot_position: Tensor,
+    positions: Tensor,
+    form: RowForm,
+    size: Tensor,
+    *,
+    layer: int,
+    keys: bool,
 ) -> Tensor:
     """Keys or values of a segment, those of the window as this holds them.
 
@@ -86,15 +115,18 @@ def read_window(
         slot_position: int32 `[B, T]`.
         positions: int64 `[B, W]`, of the entries, -1 where empty.
         form: Of the arena's rows.
+        size: int64 `[B, 1]`, entries of a window.
         layer: Whose window.
         keys: Whether they are keys.
     """
-    first, dim = layer * _SLOTS, values.shape[3]
-    entries = arena[:, :, first : first + _SLOTS].reshape(*arena.shape[:2], WINDOW, -1)  # [B, Hkv, WINDOW, 2 R]
+    batch, heads, _, dim = values.shape
+    # As many slots as the largest window has; behind a smaller one they are not asked for.
+    slots = (2 * layer * size + torch.arange(2 * WINDOW, device=size.device)).clamp(max=arena.shape[2] - 1)  # [B, 2 WINDOW]
+    rows = arena.gather(2, slots[:, None, :, None].expand(-1, heads, -1, arena.shape[3]))
     eight = RowForm("int8", dim, form.model)
-    better = from_rows(entries[..., : eight.size], eight, keys=keys).to(values.dtype)
-    entry = positions % WINDOW
-    held = slot_position[:, first : first + _SLOTS : 2].gather(1, entry)
+    better = from_rows(rows.reshape(batch, heads, WINDOW, -1)[..., : eight.size], eight, keys=keys).to(values.dtype)
+    entry = positions % size
+    held = slot_position.gather(1, 2 * (layer * size + entry))
     inside = ((held == positions) & (positions >= 0))[:, None, :, None]
-    index = entry[:, None, :, None].expand(-1, values.shape[1], -1, dim)
+    index = entry[:, None, :, None].expand(-1, heads, -1, dim)
     return torch.where(inside, better.gather(2, index), values)

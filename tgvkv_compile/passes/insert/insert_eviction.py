@@ -9,7 +9,7 @@ from tgvkv_compile.fx.insert import insert_call, insert_item, insert_placeholder
 from tgvkv_compile.fx.meta import BEGINS, output_nodes
 from tgvkv_compile.ops.cache import packing
 from tgvkv_compile.ops.cache.later_turns import vision_history
-from tgvkv_compile.ops.cache.window import has_window, window_slots
+from tgvkv_compile.ops.cache.window import has_window, slots_before
 from tgvkv_compile.ops.eviction.selection import select_tokens
 from tgvkv_compile.ops.state import CompactState, Prefilled
 from tgvkv_compile.passes.cached import held_as
@@ -50,8 +50,6 @@ def insert_eviction(rewrite: Rewrite) -> None:
     outputs = output_nodes(gm)
     options = config.constants()
     held = held_as(config)
-    before = window_slots(config.kv_dtype, plan.num_layers)
-    room_before = {"before": before} if before else {}
     slots = insert_placeholder(gm, "tgvkv_slots", rewrite.environment.symbol("tgvkv_slots", sizes.slots))
     with gm.graph.inserting_before(gm.graph.output_node()):
         call = _Caller(gm)
@@ -61,8 +59,10 @@ def insert_eviction(rewrite: Rewrite) -> None:
         lengths = call.item(scores.token_types, "lengths", "tgvkv_lengths")
         arena = call(packing.new_arena, chosen[0].key, chosen[0].value, slots, name="tgvkv_arena", **held)
         shared = (budgets.allocation, lengths)
-        room = call(packing.fitting_reserve, *shared, arena, sizes.reserve, name="tgvkv_room", **options, **room_before)
-        starts = call(packing.segment_starts, *shared, room, name="tgvkv_starts", **options, **room_before)
+        if has_window(config.kv_dtype):
+            options["before"] = call(slots_before, kept, name="tgvkv_before", **held)
+        room = call(packing.fitting_reserve, *shared, arena, sizes.reserve, name="tgvkv_room", **options)
+        starts = call(packing.segment_starts, *shared, room, name="tgvkv_starts", **options)
         counts = call.items(call(packing.by_layer, kept, name="tgvkv_counts"), plan.num_layers, "tgvkv_kept")
         first = call.items(call(packing.by_layer, starts, name="tgvkv_firsts"), plan.num_layers, "tgvkv_start")
         keeps: list[Node] = []
@@ -77,7 +77,7 @@ def insert_eviction(rewrite: Rewrite) -> None:
             where = (keep, positions, first[layer])
             pin(call(packing.evict_into, arena, *kv, *where, name=f"tgvkv_evict_{layer}", **held))
             if has_window(config.kv_dtype):
-                newest = (*kv, positions, lengths)
+                newest = (*kv, positions, lengths, kept)
                 pin(call(packing.open_window, arena, *newest, name=f"tgvkv_window_{layer}", layer=layer))
         token_types = tuple(candidates.token_types for candidates in chosen)
         opened = call(packing.open_segments, tuple(keeps), token_types, starts, name="tgvkv_state")

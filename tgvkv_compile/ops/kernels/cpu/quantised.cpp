@@ -4,23 +4,24 @@
 namespace {
 
 constexpr int64_t TILE = 16;
-constexpr int64_t WINDOW = 16;  // as in `ops/cache/window.py`
 
 // Keys or values of one sample and key/value head as the step sees them: its own as they are, the window's in eight bits.
 template <typename Kind>
 struct Segment {
     uint8_t* arena;         // the first slot's row
     const int32_t* places;  // positions of all slots
-    int64_t dim, first, fresh, window, position;
+    int64_t dim, first, fresh, layer, entries, position;  // `entries` of a window, see `ops/cache/window.py`
     std::vector<float> own;
 
     static constexpr bool WINDOWED = std::is_same<Kind, Int4>::value;
 
     uint8_t* row(int64_t slot) const { return arena + slot * row_bytes<Kind>(dim); }
 
+    int64_t entry(int64_t place) const { return 2 * (layer * entries + place % entries); }
+
     void append() {
         quantise<Kind>(own.data(), dim, row(fresh));
-        if (WINDOWED) quantise<Int8>(own.data(), dim, row(window + 2 * (position % WINDOW)));
+        if (WINDOWED) quantise<Int8>(own.data(), dim, row(entry(position)));
     }
 
     void read(int64_t slot, float* values) const {
@@ -29,9 +30,9 @@ struct Segment {
             return;
         }
         if (WINDOWED) {
-            const int64_t place = places[slot], entry = window + 2 * (place % WINDOW);
-            // The new token has taken the entry of the one that many positions before it.
-            if (places[entry] == place && place != position - WINDOW) return dequantise<Int8>(row(entry), dim, values);
+            const int64_t place = places[slot], at = entry(place);
+            // The new token has taken the entry of the one that was there.
+            if (places[at] == place && at != entry(position)) return dequantise<Int8>(row(at), dim, values);
         }
         dequantise<Kind>(row(slot), dim, values);
     }
@@ -48,6 +49,10 @@ struct Segment {
     }
 };
 
+inline int64_t entries_of(const Step& step, int64_t sample) {
+    return step.segment_start[sample * step.layers] / (2 * step.layers);
+}
+
 template <typename T>
 std::vector<float> read_new(const void* tensor, int64_t offset, int64_t dim) {
     std::vector<float> values(dim);
@@ -62,7 +67,8 @@ void attend_quantised(const Step& step, int64_t sample, int64_t kv_head, float* 
     const int64_t used = step.segment_len[at] + 1;
     const auto segment = [&](void* arena, int64_t offset, std::vector<float> own) {
         return Segment<Kind>{static_cast<uint8_t*>(arena) + offset, step.slot_position + sample * step.slots, dim,
-                             step.segment_start[at], step.next_slot[at], 2 * WINDOW * step.layer, step.lengths[sample], own};
+                             step.segment_start[at], step.next_slot[at], step.layer, entries_of(step, sample),
+                             step.lengths[sample], own};
     };
     auto keys = segment(step.key_arena, sample * step.keys_sample + kv_head * step.keys_head,
                         read_new<T>(step.key, sample * step.key_sample + kv_head * step.key_head, dim));
@@ -89,8 +95,9 @@ template <typename T, typename Kind>
 void run_quantised(const Step& step) {
     run(step, attend_quantised<T, Kind>);
     for (int64_t sample = 0; Segment<Kind>::WINDOWED && sample < step.batch; ++sample) {
-        const int64_t position = step.lengths[sample];
-        step.slot_position[sample * step.slots + 2 * (WINDOW * step.layer + position % WINDOW)] = static_cast<int32_t>(position);
+        const int64_t position = step.lengths[sample], entries = entries_of(step, sample);
+        const int64_t entry = 2 * (step.layer * entries + position % entries);
+        step.slot_position[sample * step.slots + entry] = static_cast<int32_t>(position);
     }
 }
 
