@@ -65,6 +65,20 @@ def test_the_text_it_sees_is_of_use() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("kv_dtype", "most"), [("int8", 0.002), ("int4", 0.03)])
+def test_what_a_compiled_cache_of_codes_loses(kv_dtype: Any, most: float) -> None:
+    """All tokens stay; every step reads what those before it have written."""
+    text = smollm2.passage("execmodel", 1024)
+    expected, model = smollm2.say(smollm2.make_model(), text, at_once=True), smollm2.make_model()
+    model.compile(backend=tgvkv_backend(budget=1.0, kv_dtype=kv_dtype, lowering="eager"))
+    try:
+        found = smollm2.say(model, text)
+    finally:
+        model._compiled_call_impl = None
+    assert 1e-6 < float(smollm2.divergence(expected, found).mean()) <= most
+
+
+@pytest.mark.slow
 @torch.no_grad()
 def test_what_codes_lose_of_real_keys_and_values() -> None:
     """Simulated, all tokens staying; the text is the one that loses most of those in `docs/quantised-cache.md`."""

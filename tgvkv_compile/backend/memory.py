@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tgvkv_compile.backend.options import BackendOptions
+from tgvkv_compile.config import KVDtype
 from tgvkv_compile.errors import ConfigError
 from tgvkv_compile.fx.meta import fake_tensor
 from tgvkv_compile.ops.cache.rows import KVForms
@@ -33,17 +34,29 @@ def with_budget(options: BackendOptions, plan: GraphPlan) -> BackendOptions:
         return options
     heads = int(fake_tensor(plan.sites[0].key.node).shape[1])
     token = plan.num_layers * heads * forms_of(plan, options).bytes
-    windows = has_window(options.kv_dtype)
-    room, least = int(options.memory) // token, options.sink_tokens + 1
-    tokens = next((n for n in range(room, 0, -1) if not windows or n + window_bound(n, 1) <= room), 0)
+    tokens, least = tokens_within(int(options.memory), token, options.kv_dtype), options.sink_tokens + 1
     if tokens < least:
-        needed = (least + (window_bound(least, 1) if windows else 0)) * token
+        needed = least * token
+        while tokens_within(needed, token, options.kv_dtype) < least:
+            needed += token
         raise ConfigError(
             f"memory={options.memory} bytes hold {tokens} tokens of this model ({token} bytes each, in all {plan.num_layers} "
             f"layers), but the first {options.sink_tokens} and the newest are always kept; give at least "
             f"{needed} bytes"
         )
     return dataclasses.replace(options, budget=tokens, memory=None)
+
+
+def tokens_within(memory: int, token: int, kv_dtype: KVDtype | None) -> int:
+    """How many tokens of each layer fit.
+
+    Args:
+        memory: Bytes.
+        token: Bytes of a token in all layers.
+        kv_dtype: How they are held; a window takes its share.
+    """
+    room = memory // token
+    return next((n for n in range(room, 0, -1) if n + (window_bound(n, 1) if has_window(kv_dtype) else 0) <= room), 0)
 
 
 def check_question(options: BackendOptions, asked: int | str | None, history: Tensor, lengths: Tensor) -> None:
