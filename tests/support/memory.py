@@ -12,10 +12,10 @@ def live_storages() -> dict[int, int]:
     """Bytes of every storage that a live tensor on the CPU has, by address."""
     gc.collect()
     found: dict[int, int] = {}
-    for thing in gc.get_objects():
-        # Not isinstance: it would ask lazily imported modules and proxies for their class.
-        if not issubclass(type(thing), Tensor) or issubclass(type(thing), FakeTensor):
-            continue
+    things = gc.get_objects()
+    # By kinds, of which there are few. Not isinstance: it would ask lazily imported modules and proxies for their class.
+    kinds = {kind for kind in set(map(type, things)) if issubclass(kind, Tensor) and not issubclass(kind, FakeTensor)}
+    for thing in (thing for thing in things if type(thing) in kinds):
         if thing.layout is not torch.strided or thing.device.type != "cpu":
             continue
         try:

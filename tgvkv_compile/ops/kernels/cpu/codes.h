@@ -6,6 +6,9 @@ namespace {
 typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 
 inline float from_half(uint16_t half) {
+#if defined(__F16C__) && defined(__AVX2__)
+    return _cvtsh_ss(half);
+#else
     const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16, rest = half & 0x7fff;
     float wide;
     if (rest < 0x0400) {
@@ -15,6 +18,7 @@ inline float from_half(uint16_t half) {
         std::memcpy(&wide, &bits, sizeof wide);
     }
     return sign ? -wide : wide;
+#endif
 }
 
 inline uint16_t to_half(float number) {  // to the nearest, ties to even; infinite beyond what it holds
@@ -33,9 +37,22 @@ inline uint16_t to_half(float number) {  // to the nearest, ties to even; infini
 }
 
 inline Integers widened(const uint8_t* from) {
+#if defined(__AVX512F__) || defined(__AVX2__)
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+#ifdef __AVX512F__
+    const __m512i wide = _mm512_cvtepu8_epi32(bytes);
+#else
+    const __m256i wide[2] = {_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))};
+#endif
+    Integers lanes;
+    std::memcpy(&lanes, &wide, sizeof lanes);
+    return lanes;
+#else
     Bytes bytes;
     std::memcpy(&bytes, from, sizeof bytes);
-    return __builtin_convertvector(bytes, Integers);
+    // One doubling after the other: of both at once GCC makes one lane after the other.
+    return __builtin_convertvector(__builtin_convertvector(bytes, Halves), Integers);
+#endif
 }
 
 // What each kind of code is: `LARGEST`, whether there is a zero point, how many bytes `dim` channels take, and how they are read

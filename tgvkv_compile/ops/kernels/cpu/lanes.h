@@ -8,6 +8,10 @@
 #include <type_traits>
 #include <vector>
 
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
 namespace {
 
 constexpr int64_t LANES = 16;
@@ -61,9 +65,16 @@ inline void write(float number, Bfloat16* to) {  // to the nearest, ties to even
 }
 
 inline float sum(Vector lanes) {
-    float total = 0.0f;
-    for (int64_t lane = 0; lane < LANES; ++lane) total += lanes[lane];
-    return total;
+    typedef float Eight __attribute__((vector_size(32)));
+    typedef float Four __attribute__((vector_size(16)));
+    static_assert(LANES == 16);
+    Eight eight[2];
+    Four four[2];
+    std::memcpy(eight, &lanes, sizeof lanes);
+    eight[0] += eight[1];
+    std::memcpy(four, eight, sizeof four);
+    four[0] += four[1];
+    return (four[0][0] + four[0][1]) + (four[0][2] + four[0][3]);
 }
 
 // exp of numbers that are not above 0, to about an ulp: 2^n times a polynomial (Cephes' expf); 0 below what float32 holds.

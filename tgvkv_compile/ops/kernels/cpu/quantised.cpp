@@ -3,7 +3,9 @@
 
 namespace {
 
-constexpr int64_t TILE = 16;
+constexpr int64_t TILE = 16;   // rows at a time
+constexpr int64_t AHEAD = 3;   // how many tiles before it is read memory is asked for one
+constexpr int64_t LINE = 64;   // bytes that memory gives at a time
 
 // Keys or values of one sample and key/value head as the step sees them: its own as they are, the window's in eight bits.
 template <typename Kind>
@@ -43,6 +45,9 @@ struct Segment {
         std::vector<float> rows(TILE * dim);
         for (int64_t offset = 0; offset < used; offset += TILE) {
             const int64_t count = std::min(TILE, used - offset);
+            // Without this half of the time went by waiting for memory, at a third of what it can give.
+            const uint8_t* later = row(first + offset + AHEAD * TILE);
+            for (int64_t at = 0; at < TILE * row_bytes<Kind>(dim); at += LINE) __builtin_prefetch(later + at);
             for (int64_t one = 0; one < count; ++one) read(first + offset + one, &rows[one * dim]);
             use(rows.data(), offset, count);
         }
