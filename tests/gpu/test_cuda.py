@@ -1,20 +1,21 @@
 """What only a CUDA device can show; `pytest -m gpu`. The kernels' own maths is tested everywhere, in `tests/kernels`."""
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
 from tests.kernels.bounds import check_bounded
-from tests.kernels.cases import StepCase, random_step
+from tests.kernels.cases import StepCase, quantised, random_step
+from tests.kernels.comparing import decided, plain, same_books
 from tests.ops.prompts import Layer, make_layer
 from tests.support.models import IMAGE, Shape, make_inputs, make_model
 from tests.support.reference import reference
 from tests.support.running import kept_of
 from tgvkv_compile import tgvkv_backend
-from tgvkv_compile.config import EvictionConfig
+from tgvkv_compile.config import EvictionConfig, KVDtype
 from tgvkv_compile.ops.attention.sdpa import kernel_with_lse, scaled_dot_product_attention_with_lse
 from tgvkv_compile.ops.cache import decode_step as op
 from tgvkv_compile.ops.state import CompactState
@@ -32,7 +33,7 @@ def on_cuda(case: StepCase) -> tuple[list[Tensor], CompactState]:
 
 
 def step(new: list[Tensor], state: CompactState, case: StepCase, decode: str = "ratio") -> Tensor:
-    return torch.ops.tgvkv.decode_step(*new, *state, case.layer, case.scale, decode, 4)
+    return torch.ops.tgvkv.decode_step(*new, *state, case.layer, case.scale, decode, 4, case.kv_dtype)
 
 
 @pytest.mark.parametrize("decode", ["ratio", "fixed", "keep"])
@@ -43,16 +44,33 @@ def test_a_step_is_the_plain_step(dim: int, group: int, dtype: torch.dtype, deco
     new, state = on_cuda(case)
     output = step(new, state, case, decode)
     books = case.fresh()
-    plain = op._decode_step(case.query, case.key, case.value, *books, case.layer, case.scale, decode, 4)
+    expected = op._decode_step(case.query, case.key, case.value, *books, case.layer, case.scale, decode, 4)
     exact, *_, largest = case.exact()
-    check_bounded(output.cpu(), plain, exact, largest_logit=largest)
+    check_bounded(output.cpu(), expected, exact, largest_logit=largest)
     for name, got, wanted in zip(CompactState._fields, state, books, strict=True):
         assert torch.equal(got.cpu(), wanted), name
 
 
-def test_a_step_is_replayed_while_segments_change() -> None:
+@pytest.mark.parametrize("kv_dtype", get_args(KVDtype))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dim", "group"), [(64, 1), (80, 7), (128, 1), (128, 4), (256, 8)])
+def test_a_step_on_codes_is_the_plain_step(dim: int, group: int, dtype: torch.dtype, kv_dtype: KVDtype) -> None:
+    whole = random_step(batch=3, kv_heads=2, group=group, dim=dim, dtype=dtype, longest=1500, seed=dim + group)
+    case = quantised(whole, kv_dtype)
+    new, state = on_cuda(case)
+    output = step(new, state, case)
+    expected, books = plain(case, "ratio")
+    exact, *_, largest = case.exact()
+    check_bounded(output.cpu(), expected, exact, largest_logit=largest)
+    after = CompactState(*(x.cpu() for x in state))
+    same_books(after if decided(case) else CompactState(*after[:2], *books[2:]), books, kv_dtype)
+
+
+@pytest.mark.parametrize("kv_dtype", [None, *get_args(KVDtype)])
+def test_a_step_is_replayed_while_segments_change(kv_dtype: KVDtype | None) -> None:
     """Captured once, right in every later step: nothing of it depends on what the host knows."""
     case = random_step(batch=2, kv_heads=2, group=4, dim=128, dtype=torch.bfloat16, longest=700)
+    case = case if kv_dtype is None else quantised(case, kv_dtype)
     new, state = on_cuda(case)
     step(new, CompactState(*(x.clone() for x in state)), case)  # compiles the kernels
     books = case.fresh()
@@ -63,15 +81,17 @@ def test_a_step_is_replayed_while_segments_change() -> None:
         state.lengths.add_(1)
     for _ in range(12):
         graph.replay()
-        plain = op._decode_step(case.query, case.key, case.value, *books, case.layer, case.scale, "ratio", 4)
+        options = (case.layer, case.scale, "ratio", 4, kv_dtype)
+        expected = op._decode_step(case.query, case.key, case.value, *books, *options)
         books.lengths.add_(1)
-        torch.testing.assert_close(output.cpu(), plain, atol=2e-2, rtol=2e-2)
-        for name, got, wanted in zip(CompactState._fields, state, books, strict=True):
-            assert torch.equal(got.cpu(), wanted), name
+        torch.testing.assert_close(output.cpu(), expected, atol=2e-2, rtol=2e-2)
+        same_books(CompactState(*(x.cpu() for x in state)), books, kv_dtype)
 
 
-def test_a_step_does_not_wait_for_the_device() -> None:
+@pytest.mark.parametrize("kv_dtype", [None, *get_args(KVDtype)])
+def test_a_step_does_not_wait_for_the_device(kv_dtype: KVDtype | None) -> None:
     case = random_step(batch=2, kv_heads=2, group=4, dim=128, dtype=torch.bfloat16)
+    case = case if kv_dtype is None else quantised(case, kv_dtype)
     new, state = on_cuda(case)
     step(new, state, case)
     torch.cuda.set_sync_debug_mode("error")

@@ -1,6 +1,7 @@
 """Every variant of the kernels compiles for compute capability 8.0 and 9.0, and keeps what it works on in registers."""
 
 import os
+from typing import get_args
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ pytest.importorskip("triton")
 
 import triton
 
-from tests.kernels.cases import random_step
+from tests.kernels.cases import quantised, random_step
 from tests.kernels.compiling import PROCESSORS, compiling_only
 from tests.ops.prompts import make_layer
+from tgvkv_compile.config import KVDtype
 from tgvkv_compile.ops.kernels.triton import decode
 from tgvkv_compile.ops.kernels.triton import weigh as prefill
 
@@ -25,6 +27,15 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEADS = [(64, 1), (64, 7), (80, 1), (96, 4), (128, 1), (128, 4), (128, 8), (256, 1), (256, 2), (256, 8)]
 """Head dims, and query heads per key head."""
 SOME_HEADS = [(64, 7), (80, 1), (128, 4), (256, 1), (256, 8)]
+ROWS = [
+    *((torch.bfloat16, *heads) for heads in [(64, 1), (128, 4)]),
+    *(
+        pytest.param(dtype, *heads, marks=pytest.mark.slow)
+        for dtype in DTYPES
+        for heads in [(64, 1), (64, 7), (80, 7), (128, 1), (128, 4), (256, 1), (256, 8)]
+        if (dtype, *heads) not in [(torch.bfloat16, 64, 1), (torch.bfloat16, 128, 4)]
+    ),
+]
 STEPS = [*((torch.bfloat16, *heads) for heads in HEADS), *((dtype, *heads) for dtype in DTYPES[:2] for heads in SOME_HEADS)]
 
 
@@ -37,6 +48,24 @@ def test_decode(dim: int, group: int, dtype: torch.dtype, capability: int, monke
         for mode in ("ratio", "fixed", "keep"):
             decode.fused_decode_step(case.query, case.key, case.value, case.state, case.layer, case.scale, mode, 4)
     assert [usage.name for usage in compiled] == ["attend_split", "finish_step"] * 3
+    for usage in compiled:
+        assert usage.spilled <= MOST_SPILLED, f"{usage} spills"
+        assert usage.shared <= SHARED[capability]
+
+
+@pytest.mark.parametrize("capability", PROCESSORS)
+@pytest.mark.parametrize("kv_dtype", get_args(KVDtype))
+@pytest.mark.parametrize(("dtype", "dim", "group"), ROWS, ids=str)
+def test_decode_of_codes(
+    dim: int, group: int, dtype: torch.dtype, kv_dtype: KVDtype, capability: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode, "processors", lambda _: PROCESSORS[capability])
+    whole = random_step(batch=1, kv_heads=2, group=group, dim=dim, layers=2, longest=600, dtype=dtype)
+    case = quantised(whole, kv_dtype)
+    with compiling_only(capability, monkeypatch) as compiled:
+        options = (case.layer, case.scale, "ratio", 4, kv_dtype)
+        decode.fused_decode_step(case.query, case.key, case.value, case.state, *options)
+    assert [usage.name for usage in compiled] == ["attend_rows", "finish_step"]
     for usage in compiled:
         assert usage.spilled <= MOST_SPILLED, f"{usage} spills"
         assert usage.shared <= SHARED[capability]

@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
 
-@pytest.mark.parametrize("file", ["check_decode.py", "check_ops.py", "check_prefill.py"])
+@pytest.mark.parametrize("file", ["check_decode.py", "check_ops.py", "check_prefill.py", "check_quantised.py"])
 def test_interpreted(file: str) -> None:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", "python_files=check_*.py"]
     done = subprocess.run(

@@ -1,12 +1,13 @@
 """The ops with their CUDA implementations, registered for the CPU while a test runs."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import library
 
-from tests.kernels.cases import random_step
+from tests.kernels.cases import quantised, random_step
 from tests.ops.prompts import make_layer
 from tgvkv_compile.ops import weighing
 from tgvkv_compile.ops.cache import decode_step
@@ -26,13 +27,14 @@ def on_cpu() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("on_cpu")
-@pytest.mark.parametrize("group", [1, 4])
-def test_decode_step(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("group", "kv_dtype"), [(1, None), (4, None), (4, "int8"), (1, "int4")])
+def test_decode_step(group: int, kv_dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
     step = decode.fused_decode_step
     monkeypatch.setattr(decode, "fused_decode_step", lambda *args: called.append(1) or step(*args))
     case = random_step(batch=2, kv_heads=2, group=group, dim=64, longest=30)
-    args = (case.query, case.key, case.value, *case.state, case.layer, case.scale, "ratio", 4)
+    case = case if kv_dtype is None else quantised(case, kv_dtype)
+    args = (case.query, case.key, case.value, *case.state, case.layer, case.scale, "ratio", 4, kv_dtype)
     library.opcheck(torch.ops.tgvkv.decode_step.default, args)
     assert called
 

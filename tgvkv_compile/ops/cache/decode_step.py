@@ -108,10 +108,10 @@ def _decode_step_on_cuda(query: Tensor, key: Tensor, value: Tensor, *rest: Any) 
         return _decode_step(query, key, value, *rest)
     from tgvkv_compile.ops.kernels.triton import decode as fused
 
-    compact, (layer, scale, decode, sink_tokens, *_) = read_state(rest)
-    if not fused.fused_applies(query, compact):
+    compact, (layer, scale, decode, sink_tokens, *held) = read_state(rest)
+    if not fused.fused_applies(query, compact, *held):
         return _decode_step(query, key, value, *rest)
-    return fused.fused_decode_step(query, key, value, compact, layer, scale, decode, sink_tokens)
+    return fused.fused_decode_step(query, key, value, compact, layer, scale, decode, sink_tokens, *held)
 
 
 library.impl("tgvkv::decode_step", "cuda", _decode_step_on_cuda)

@@ -1,13 +1,16 @@
 """Launches the kernels of a decode step: `tgvkv::decode_step` on CUDA."""
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tgvkv_compile.config import KVDtype
 from tgvkv_compile.errors import InternalError
 from tgvkv_compile.ops.kernels import DECODE_MODES
 from tgvkv_compile.ops.kernels.triton.decode_kernels import attend_split, finish_step
+from tgvkv_compile.ops.kernels.triton.quantised_kernels import attend_rows
 from tgvkv_compile.ops.state import CompactState
 
 _DTYPES = {torch.float32, torch.float16, torch.bfloat16}
@@ -46,29 +49,40 @@ class DecodeLaunch:
     warps: int
 
 
-def decode_launch(
-    batch: int, heads: int, kv_heads: int, slots: int, dim: int, dtype: torch.dtype, processors: int
-) -> DecodeLaunch:
+def decode_launch(query: Tensor, state: CompactState, processors: int) -> DecodeLaunch:
     """The launch of a step on a device with so many multiprocessors.
 
     There are about four programs per multiprocessor: what one waits for, the others hide.
     """
+    batch, heads, _, dim = query.shape
+    kv_heads, slots, held = *state.key_arena.shape[1:3], state.key_arena.dtype
     padded = max(64, next_power(dim))
     group = heads // kv_heads
     rows = 1 if group == 1 else max(_SMALLEST_PRODUCT, next_power(group))
-    halves = dtype.itemsize == 2
-    # Tensor cores take 16 KiB of keys at a time. Without them a program's registers hold what it works on: half as much.
-    tile = 16384 if halves and group > 1 else 8192
-    block = max(16, min(64, tile // (padded * dtype.itemsize)))
+    codes = held == torch.uint8
+    size = 2 if codes else held.itemsize  # of what is multiplied: codes are, as bfloat16
+    # Tensor cores take 16 KiB of keys at a time. Without them a program's registers hold what it works on: half as much. So
+    # they do with codes, which are unpacked there.
+    tile = 16384 if size == 2 and group > 1 and not codes else 8192
+    block = max(16, min(64, tile // (padded * size)))
     wanted = next_power(-(-4 * processors // (batch * kv_heads)))
     splits = max(1, min(64, wanted, next_power(-(-slots // block))))
     programs = max(1, min(64, max(8, next_power(-(-2 * processors // batch))), next_power(-(-slots // _FINISH_BLOCK))))
-    return DecodeLaunch(padded, rows, block, splits, programs, min(16, next_power(heads)), 4 if halves or group == 1 else 8)
+    narrow = group == 1 or (query.dtype if codes else held).itemsize == 2
+    return DecodeLaunch(padded, rows, block, splits, programs, min(16, next_power(heads)), 4 if narrow else 8)
 
 
-def fused_applies(query: Tensor, state: CompactState) -> bool:
-    """Whether the kernels are made for these dtypes and this head dim (float64 and huge heads go the plain way)."""
-    return {query.dtype, state.key_arena.dtype, state.value_arena.dtype} <= _DTYPES and query.shape[3] <= _MAX_DIM
+def fused_applies(query: Tensor, state: CompactState, kv_dtype: KVDtype | None = None) -> bool:
+    """Whether the kernels are made for these dtypes and this head dim.
+
+    float64 and huge heads go the plain way, and rows whose codes and scales do not begin at multiples of four bytes.
+    """
+    arenas, dim = (state.key_arena, state.value_arena), query.shape[3]
+    if query.dtype not in _DTYPES or dim > _MAX_DIM:
+        return False
+    if kv_dtype is None:
+        return {arena.dtype for arena in arenas} <= _DTYPES
+    return dim % 4 == 0 and all(arena.shape[3] % 4 == 0 for arena in arenas)
 
 
 def fused_decode_step(
@@ -80,6 +94,7 @@ def fused_decode_step(
     scale: float,
     decode: str,
     sink_tokens: int,
+    kv_dtype: KVDtype | None = None,
 ) -> Tensor:
     """One decode step of one layer in two launches, without reading anything on the host.
 
@@ -92,6 +107,7 @@ def fused_decode_step(
         scale: What `q @ k` is multiplied by.
         decode: `"ratio"`, `"fixed"` or `"keep"`.
         sink_tokens: How many first positions are never evicted.
+        kv_dtype: How the arenas hold keys and values, see `EvictionConfig`.
 
     Returns:
         The attention output `[B, H, 1, D]`, contiguous, dtype of `query`.
@@ -103,60 +119,43 @@ def fused_decode_step(
         if not tensor.is_contiguous():
             raise InternalError(f"{name} of a compact cache must be contiguous, its strides are {tensor.stride()}")
     batch, heads, _, dim = query.shape
-    kv_heads, slots = state.key_arena.shape[1:3]
+    kv_heads, slots, row = state.key_arena.shape[1:]
     layers = state.segment_start.shape[1]
-    launch = decode_launch(batch, heads, kv_heads, slots, dim, state.key_arena.dtype, processors(query.device))
+    launch = decode_launch(query, state, processors(query.device))
     query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
     output = torch.empty((batch, heads, 1, dim), dtype=query.dtype, device=query.device)
 
     def scratch(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(size, dtype=dtype, device=query.device)
 
-    alike = query.dtype == state.key_arena.dtype == state.value_arena.dtype
-    wide = not alike or query.dtype == torch.float32
     chooses = decode != "keep"
     top, total = scratch(batch, heads, launch.splits), scratch(batch, heads, launch.splits)
     out = scratch(batch, heads, launch.splits, dim)
     logits = scratch(batch, heads, slots) if chooses else top
     arrived = scratch(batch, dtype=torch.int32)
-    attend_split[(batch * kv_heads, launch.splits)](
-        query,
-        key,
-        value,
-        state.key_arena,
-        state.value_arena,
-        state.slot_position,
-        state.segment_start,
-        state.segment_len,
-        state.next_slot,
-        top,
-        total,
-        out,
-        logits,
-        arrived,
-        layer,
-        scale,
-        query.stride(0),
-        query.stride(1),
-        key.stride(0),
-        key.stride(1),
-        value.stride(0),
-        value.stride(1),
-        kv_heads,
-        heads // kv_heads,
-        slots,
-        layers,
-        launch.splits,
-        D=dim,
-        DIM=launch.dim,
-        GROUP=launch.group,
-        BLOCK=launch.block,
-        WIDE=wide,
-        STORE_LOGITS=chooses,
-        num_warps=launch.warps,
-        num_stages=2,
-        maxnreg=MOST_REGISTERS,
-    )
+    tensors = (query, key, value, *state[: state._fields.index("protect_from")], top, total, out, logits, arrived)
+    strides = (stride for tensor in (query, key, value) for stride in tensor.stride()[:2])
+    numbers = (layer, scale, *strides, kv_heads, heads // kv_heads, slots, layers, launch.splits)
+    shared: dict[str, Any] = {
+        "D": dim,
+        "DIM": launch.dim,
+        "GROUP": launch.group,
+        "BLOCK": launch.block,
+        "STORE_LOGITS": chooses,
+        "num_warps": launch.warps,
+        "num_stages": 2,
+        "maxnreg": MOST_REGISTERS,
+    }
+    if kv_dtype is None:
+        alike = query.dtype == state.key_arena.dtype == state.value_arena.dtype
+        attend_split[batch * kv_heads, launch.splits](
+            *tensors, *numbers, WIDE=not alike or query.dtype == torch.float32, **shared
+        )
+    else:
+        parts = 3 if query.dtype == torch.float32 else 2
+        attend_rows[batch * kv_heads, launch.splits + 1](
+            *tensors, *numbers, state.lengths, ROW=row, PARTS=parts, KIND=kv_dtype, **shared
+        )
     finish_step[(batch, launch.programs)](
         top,
         total,

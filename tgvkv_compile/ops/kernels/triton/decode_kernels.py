@@ -15,7 +15,16 @@ on the device at the same time, which a grid that does not depend on the device 
 import triton
 import triton.language as tl
 
-_LOWEST: tl.constexpr = tl.constexpr(-3.0e38)  # stands for -inf in running maxima: differences of it are no NaN
+from tgvkv_compile.ops.kernels.triton.softmax_kernels import (
+    LOWEST,
+    begin_with,
+    leave_by_entry,
+    leave_by_head,
+    part_of_segment,
+    see_by_entry,
+    see_by_head,
+)
+
 _NOWHERE: tl.constexpr = tl.constexpr(2**31 - 1)
 
 
@@ -72,13 +81,7 @@ def attend_split(
     sample = row // kv_heads
     kv_head = row % kv_heads
     book = sample.to(tl.int64) * layers + layer
-    start = tl.load(segment_start + book)
-    length = (tl.load(segment_len + book) + 1).to(tl.int32)
-    new = tl.load(next_slot + book)
-    new_at = (new - start).to(tl.int32)
-    part = tl.cdiv(tl.cdiv(length, splits), BLOCK) * BLOCK
-    first = split * part
-    last = tl.minimum(first + part, length)
+    start, new, new_at, first, last = part_of_segment(segment_start, segment_len, next_slot, book, split, splits, BLOCK)
 
     offs_d = tl.arange(0, DIM)
     offs_n = tl.arange(0, BLOCK)
@@ -107,9 +110,7 @@ def attend_split(
         q = q.to(tl.float32) * scale
         new_logit = tl.sum(q * new_key.to(tl.float32), 0)
         mine = (offs_n == 0) & (split == 0)
-        top = tl.where(mine, new_logit, _LOWEST)
-        total = tl.where(mine, 1.0, 0.0)
-        out = tl.where(mine[:, None], new_value.to(tl.float32)[None, :], 0.0)
+        top, total, out = begin_with(mine, new_logit, new_value)
         if STORE_LOGITS:
             tl.store(logits + first_head * slots + new_at, new_logit, mask=split == 0)
         for at in tl.range(first, last, BLOCK):
@@ -123,18 +124,9 @@ def attend_split(
             s = tl.where(seen, tl.sum(k.to(tl.float32) * q[None, :], 1), float("-inf"))
             if STORE_LOGITS:
                 tl.store(logits + first_head * slots + offs, s, mask=inside & (offs != new_at))
-            higher = tl.maximum(top, s)
-            fade = tl.exp(top - higher)
-            p = tl.exp(s - higher)
-            total = total * fade + p
+            top, total, fade, p = see_by_entry(top, total, s)
             out = out * fade[:, None] + p[:, None] * v.to(tl.float32)
-            top = higher
-        highest = tl.max(top, 0)
-        fade = tl.exp(top - highest)
-        at_split = first_head * splits + split
-        tl.store(partial_max + at_split, highest)
-        tl.store(partial_sum + at_split, tl.sum(total * fade, 0))
-        tl.store(partial_out + at_split * D + offs_d, tl.sum(out * fade[:, None], 0), mask=in_d)
+        leave_by_entry(partial_max, partial_sum, partial_out, first_head * splits + split, offs_d, top, total, out, D)
     else:
         offs_g = tl.arange(0, GROUP)
         in_g = offs_g < group
@@ -148,9 +140,7 @@ def attend_split(
             q = q.to(tl.float32)
         new_logit = tl.sum(q.to(tl.float32) * new_key.to(tl.float32)[None, :], 1) * scale
         mine = (offs_g >= 0) & (split == 0)
-        top = tl.where(mine, new_logit, _LOWEST)
-        total = tl.where(mine, 1.0, 0.0)
-        out = tl.where(mine[:, None], new_value.to(tl.float32)[None, :], 0.0)
+        top, total, out = begin_with(mine, new_logit, new_value)
         of_head = logits + (first_head + offs_g) * slots
         if STORE_LOGITS:
             tl.store(of_head + new_at, new_logit, mask=in_g & (split == 0))
@@ -169,21 +159,15 @@ def attend_split(
             if STORE_LOGITS:
                 kept = in_g[:, None] & (inside & (offs != new_at))[None, :]
                 tl.store(of_head[:, None] + offs[None, :], s, mask=kept)
-            higher = tl.maximum(top, tl.max(s, 1))
-            fade = tl.exp(top - higher)
-            p = tl.exp(s - higher[:, None])
-            total = total * fade + tl.sum(p, 1)
+            top, total, fade, p = see_by_head(top, total, s)
             out = out * fade[:, None]
             if WIDE:
                 out = tl.dot(p, v, out, input_precision="ieee")
             else:
                 high, low = _weights_of_half(p, value_arena.dtype.element_ty)
                 out = tl.dot(low, v, tl.dot(high, v, out))
-            top = higher
         at_split = (first_head + offs_g) * splits + split
-        tl.store(partial_max + at_split, top, mask=in_g)
-        tl.store(partial_sum + at_split, total, mask=in_g)
-        tl.store(partial_out + at_split[:, None] * D + offs_d[None, :], out, mask=in_g[:, None] & in_d[None, :])
+        leave_by_head(partial_max, partial_sum, partial_out, at_split, in_g, offs_d, top, total, out, D)
 
 
 @triton.jit
@@ -260,7 +244,7 @@ def finish_step(
 
     for head in range(program, heads, PROGRAMS):
         of_split = (first_head + head) * splits + offs_s
-        top = tl.load(partial_max + of_split, mask=in_s, other=_LOWEST)
+        top = tl.load(partial_max + of_split, mask=in_s, other=LOWEST)
         highest = tl.max(top, 0)
         total = tl.sum(tl.exp(top - highest) * tl.load(partial_sum + of_split, mask=in_s, other=0.0), 0)
         out = tl.zeros((DIM,), dtype=tl.float32)
@@ -295,7 +279,7 @@ def finish_step(
                 in_h = which < heads
                 of_split = (first_head + which)[:, None] * splits + offs_s[None, :]
                 known = in_h[:, None] & in_s[None, :]
-                top = tl.load(partial_max + of_split, mask=known, other=_LOWEST)
+                top = tl.load(partial_max + of_split, mask=known, other=LOWEST)
                 highest = tl.max(top, 1)
                 total = tl.load(partial_sum + of_split, mask=known, other=0.0) * tl.exp(top - highest[:, None])
                 normaliser = highest + tl.log(tl.maximum(tl.sum(total, 1), 1e-30))
