@@ -23,6 +23,8 @@ STEPS = 4
 SHAPE = Shape(layers=2, heads=4, kv_heads=2)
 INPUTS = make_inputs([[9, 12], [4, 6]])
 CONFIG = EvictionConfig(budget=0.4)
+CODES = EvictionConfig(budget=0.4, kv_dtype="int4")
+"""Each rank holds the codes and windows of its own heads."""
 RANKED = ("h2o", "knorm")
 """By attention of all heads, and by the keys of all."""
 TIMEOUT = timedelta(seconds=240)
@@ -81,6 +83,8 @@ def _job(rank: int, folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
     found["decode alone"] = _plain(run(model, INPUTS, STEPS, forced=forced))
     patch.setattr(ranks, "mean_over_ranks", over_ranks)
     found["rankings"] = {name: kept_by(model, name) for name in RANKED}
+    model.compile(backend=tgvkv_backend(CODES.budget, kv_dtype=CODES.kv_dtype, lowering="eager"))
+    found["codes"] = _plain(run(model, INPUTS, STEPS, forced=forced))
     return found
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.ranks import CONFIG, INPUTS, RANKED, RANKS, SHAPE, STEPS, kept_by, run_ranks
+from tests.distributed.ranks import CODES, CONFIG, INPUTS, RANKED, RANKS, SHAPE, STEPS, kept_by, run_ranks
 from tests.support.comparing import assert_same_run
 from tests.support.models import IMAGE, make_model
 from tests.support.reference import ReferenceTrace, reference
@@ -36,6 +36,16 @@ def test_ranks_do_what_one_process_does(found: list[dict[str, Any]], expected: R
         given = rank["run"]
         tensors = {name: [torch.tensor(row) for row in given[name]] for name in ("logits", "tokens")}
         assert_same_run(Trace(kept=given["kept"], **tensors), expected)
+
+
+def test_each_rank_holds_codes_of_its_heads(found: list[dict[str, Any]], expected: ReferenceTrace) -> None:
+    forced = expected.tokens[:STEPS]
+    wanted = reference(make_model(SHAPE), INPUTS, STEPS, config=CODES, image_token=IMAGE, forced=forced)
+    assert wanted.fragile == [None, None]
+    for rank in found:
+        given = rank["codes"]
+        tensors = {name: [torch.tensor(row) for row in given[name]] for name in ("logits", "tokens")}
+        assert_same_run(Trace(kept=given["kept"], **tensors), wanted)
 
 
 def test_ranks_agree_to_the_last_bit(found: list[dict[str, Any]]) -> None:
