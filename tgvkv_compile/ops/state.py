@@ -11,11 +11,12 @@ class CompactState(NamedTuple):
     """All layers' kept KV in one arena per K and V, each layer a segment of it.
 
     Attributes:
-        key_arena: `[B, Hkv, T, D]`, dtype of the model's keys. Keys keep the rotary embedding of their true position.
-        value_arena: `[B, Hkv, T, D]`.
+        key_arena: `[B, Hkv, T, D]`, dtype of the model's keys; uint8 `[B, Hkv, T, R]` where they are quantised (`ops.cache.rows`).
+            Keys keep the rotary embedding of their true position.
+        value_arena: Likewise.
         slot_position: int32 `[B, T]`, position of the token in each slot (padding not counted), -1 where empty.
             The last slot belongs to no segment: what is evicted at prefill is written there.
-        segment_start: int64 `[B, L]`, first slot of each layer.
+        segment_start: int64 `[B, L]`, first slot of each layer. The first one is 0, or what windows take (`ops.cache.window`).
         segment_len: int64 `[B, L]`, entries that the next step can attend to.
         next_slot: int64 `[B, L]`, where the next token goes: the slot evicted last, else the end of the segment.
         protect_from: int64 `[B, L]`, first position of the protected suffix (algorithm, Decode 3).
