@@ -112,7 +112,8 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
                 label=kv_dtype or "bfloat16",
             )
         panel.set_xscale("log")
-        panel.set_xticks([100 * share for share in SHARES], [f"{share:.0%}" for share in SHARES])
+        shares = sorted({row["share"] for row in found["rows"]})
+        panel.set_xticks([100 * share for share in shares], [f"{share:.0%}" for share in shares])
         panel.minorticks_off()
         panel.set_xlabel("bytes of KV, of the whole cache in bfloat16")
         panel.set_ylabel(f"right answers, {kind} questions (%)")

@@ -11,7 +11,7 @@ class CompactState(NamedTuple):
     """All layers' kept KV in one arena per K and V, each layer a segment of it.
 
     Attributes:
-        key_arena: `[B, Hkv, T, D]`, dtype of the model's keys; uint8 `[B, Hkv, T, R]` where they are quantised (`ops.cache.rows`).
+        key_arena: `[B, Hkv, T, D]`, dtype of the model's keys; uint8 `[B, Hkv, T, R]` where quantised (`ops.cache.rows`).
             Keys keep the rotary embedding of their true position.
         value_arena: Likewise.
         slot_position: int32 `[B, T]`, position of the token in each slot (padding not counted), -1 where empty.
