@@ -6,7 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tgvkv_compile.ops.cache.quantising import KVDtype, bytes_per_entry, dequantise, quantise
+from tgvkv_compile.config import KVDtype
+from tgvkv_compile.ops.cache.quantising import bytes_per_entry, dequantise, quantise
 
 Coder = Callable[[Tensor, int], Tensor]
 """Vectors `[B, Hkv, S, D]` and how many of the tokens are the prompt's, to what is read again."""

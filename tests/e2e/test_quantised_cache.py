@@ -90,6 +90,21 @@ def test_samples_change_places(kv_dtype: Any) -> None:
         assert torch.equal(tokens, whole.tokens[step][[1, 0]])
 
 
+@pytest.mark.parametrize("change", ["beams", "crop", "growth"])
+def test_rows_move_whole(change: str) -> None:
+    """What moves slots about knows nothing of codes: beams, `crop` and a cache that outgrows its arena give what they gave."""
+    inputs = make_inputs(((5, 9),))
+    options: dict[str, Any] = {"num_beams": 2} if change == "beams" else {}
+    new = 12 if change == "growth" else 4
+    answers = [
+        compiled(budget=1.0, kv_dtype=kv_dtype, growth_reserve=2).generate(
+            **inputs, max_new_tokens=new, do_sample=False, **options
+        )
+        for kv_dtype in (None, "int8")
+    ]
+    assert torch.equal(*answers)
+
+
 def test_bytes() -> None:
     """On live storages, head dim 64, scales included; the parts add up."""
     shape = Shape(layers=2, heads=2, kv_heads=1, head_dim=64)

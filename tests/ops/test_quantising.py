@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.support.quantising import LEVELS, slowly
+from tgvkv_compile.config import KVDtype
 from tgvkv_compile.errors import ConfigError
 from tgvkv_compile.ops.cache.quantising import (
-    KVDtype,
     Quantised,
     bytes_per_entry,
     dequantise,

@@ -10,7 +10,7 @@ from tgvkv_compile.config import KVDtype
 from tgvkv_compile.errors import ConfigError
 from tgvkv_compile.fx.meta import fake_tensor
 from tgvkv_compile.ops.cache.rows import KVForms
-from tgvkv_compile.ops.cache.window import has_window, window_bound
+from tgvkv_compile.ops.cache.window import window_bound
 from tgvkv_compile.plan import GraphPlan
 
 
@@ -56,7 +56,7 @@ def tokens_within(memory: int, token: int, kv_dtype: KVDtype | None) -> int:
         kv_dtype: How they are held; a window takes its share.
     """
     room = memory // token
-    return next((n for n in range(room, 0, -1) if n + (window_bound(n, 1) if has_window(kv_dtype) else 0) <= room), 0)
+    return next((n for n in range(room, 0, -1) if n + window_bound(n, 1, kv_dtype) <= room), 0)
 
 
 def check_question(options: BackendOptions, asked: int | str | None, history: Tensor, lengths: Tensor) -> None:

@@ -36,8 +36,7 @@ def arena_slots(num_layers: int, length: int, reserve: int, *, config: EvictionC
     """
     kept = kept_bound(num_layers, length, config=config, num_vision=num_vision)
     growth = growth_bound(num_layers, length, reserve, config=config, num_vision=num_vision)
-    before = window_bound(kept, num_layers) if has_window(config.kv_dtype) else 0
-    return round_slots(before + kept + growth + 1)
+    return round_slots(window_bound(kept, num_layers, config.kv_dtype) + kept + growth + 1)
 
 
 def round_slots(slots: int) -> int:

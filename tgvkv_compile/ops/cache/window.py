@@ -37,8 +37,10 @@ def window_size(kept: Tensor) -> Tensor:
     return (kept.sum(1).amax() // (_SHARE * kept.shape[1])).clamp(min=1, max=WINDOW)
 
 
-def window_bound(kept: int, num_layers: int) -> int:
+def window_bound(kept: int, num_layers: int, kv_dtype: KVDtype | None) -> int:
     """Most slots that come before the first segment where all layers together keep at most `kept` tokens of a sample."""
+    if not has_window(kv_dtype):
+        return 0
     return 2 * num_layers * max(1, min(WINDOW, kept // (_SHARE * num_layers)))
 
 
@@ -50,6 +52,11 @@ def slots_before(kept: Tensor, kv_dtype: KVDtype | None) -> Tensor:
 def sizes_of(segment_start: Tensor) -> Tensor:
     """Entries of a window by where segments start, int64 `[B, L]`: int64 `[B, 1]`."""
     return segment_start[:, :1] // (2 * segment_start.shape[1])
+
+
+def _entry(position: Tensor, size: Tensor, layer: int) -> Tensor:
+    """First slot of the entry for the tokens at `position [B, Q]`."""
+    return 2 * (layer * size + position % size)
 
 
 def newest(key: Tensor, value: Tensor, positions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,7 +94,7 @@ def write_window(arenas: Sequence[Tensor], key: Tensor, value: Tensor, position:
     samples = torch.arange(position.shape[0], device=position.device)[:, None]
     last = slot_position.shape[1] - 1  # belongs to no segment
     late = (position >= 0) & (position > position.amax(1, keepdim=True) - size)
-    slot = torch.where(late, 2 * (layer * size + position % size), last)
+    slot = torch.where(late, _entry(position, size, layer), last)
     both = torch.stack([slot, torch.where(late, slot + 1, last)], dim=2).flatten(1)  # [B, 2 Q]
     for arena, values in zip(parts, (key, value), strict=True):
         rows = to_rows(values, "int8", keys=values is key)
@@ -126,7 +133,7 @@ def read_window(
     eight = RowForm("int8", dim, form.model)
     better = from_rows(rows.reshape(batch, heads, WINDOW, -1)[..., : eight.size], eight, keys=keys).to(values.dtype)
     entry = positions % size
-    held = slot_position.gather(1, 2 * (layer * size + entry))
+    held = slot_position.gather(1, _entry(positions, size, layer))
     inside = ((held == positions) & (positions >= 0))[:, None, :, None]
     index = entry[:, None, :, None].expand(-1, heads, -1, dim)
     return torch.where(inside, better.gather(2, index), values)

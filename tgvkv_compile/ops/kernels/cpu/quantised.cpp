@@ -7,23 +7,24 @@ constexpr int64_t TILE = 16;   // rows at a time
 constexpr int64_t AHEAD = 3;   // how many tiles before it is read memory is asked for one
 constexpr int64_t LINE = 64;   // bytes that memory gives at a time
 
+// The first slot of the window's entry for the token at `place`.
+inline int64_t entry_of(int64_t layer, int64_t entries, int64_t place) { return 2 * (layer * entries + place % entries); }
+
 // Keys or values of one sample and key/value head as the step sees them: its own as they are, the window's in eight bits.
 template <typename Kind>
 struct Segment {
     uint8_t* arena;         // the first slot's row
     const int32_t* places;  // positions of all slots
-    int64_t dim, first, fresh, layer, entries, position;  // `entries` of a window, see `ops/cache/window.py`
+    int64_t dim, first, fresh, layer, entries, taken;  // of a window (`ops/cache/window.py`) the new token takes the entry `taken`
     std::vector<float> own;
 
     static constexpr bool WINDOWED = std::is_same<Kind, Int4>::value;
 
     uint8_t* row(int64_t slot) const { return arena + slot * row_bytes<Kind>(dim); }
 
-    int64_t entry(int64_t place) const { return 2 * (layer * entries + place % entries); }
-
     void append() {
         quantise<Kind>(own.data(), dim, row(fresh));
-        if (WINDOWED) quantise<Int8>(own.data(), dim, row(entry(position)));
+        if (WINDOWED) quantise<Int8>(own.data(), dim, row(taken));
     }
 
     void read(int64_t slot, float* values) const {
@@ -32,9 +33,8 @@ struct Segment {
             return;
         }
         if (WINDOWED) {
-            const int64_t place = places[slot], at = entry(place);
-            // The new token has taken the entry of the one that was there.
-            if (places[at] == place && at != entry(position)) return dequantise<Int8>(row(at), dim, values);
+            const int64_t place = places[slot], at = entry_of(layer, entries, place);
+            if (places[at] == place && at != taken) return dequantise<Int8>(row(at), dim, values);
         }
         dequantise<Kind>(row(slot), dim, values);
     }
@@ -58,6 +58,11 @@ inline int64_t entries_of(const Step& step, int64_t sample) {
     return step.segment_start[sample * step.layers] / (2 * step.layers);
 }
 
+template <typename Kind>
+inline int64_t taken_by_new(const Step& step, int64_t sample) {
+    return Segment<Kind>::WINDOWED ? entry_of(step.layer, entries_of(step, sample), step.lengths[sample]) : 0;
+}
+
 template <typename T>
 std::vector<float> read_new(const void* tensor, int64_t offset, int64_t dim) {
     std::vector<float> values(dim);
@@ -73,7 +78,7 @@ void attend_quantised(const Step& step, int64_t sample, int64_t kv_head, float* 
     const auto segment = [&](void* arena, int64_t offset, std::vector<float> own) {
         return Segment<Kind>{static_cast<uint8_t*>(arena) + offset, step.slot_position + sample * step.slots, dim,
                              step.segment_start[at], step.next_slot[at], step.layer, entries_of(step, sample),
-                             step.lengths[sample], own};
+                             taken_by_new<Kind>(step, sample), own};
     };
     auto keys = segment(step.key_arena, sample * step.keys_sample + kv_head * step.keys_head,
                         read_new<T>(step.key, sample * step.key_sample + kv_head * step.key_head, dim));
@@ -100,9 +105,7 @@ template <typename T, typename Kind>
 void run_quantised(const Step& step) {
     run(step, attend_quantised<T, Kind>);
     for (int64_t sample = 0; Segment<Kind>::WINDOWED && sample < step.batch; ++sample) {
-        const int64_t position = step.lengths[sample], entries = entries_of(step, sample);
-        const int64_t entry = 2 * (step.layer * entries + position % entries);
-        step.slot_position[sample * step.slots + entry] = static_cast<int32_t>(position);
+        step.slot_position[sample * step.slots + taken_by_new<Kind>(step, sample)] = static_cast<int32_t>(step.lengths[sample]);
     }
 }
 
